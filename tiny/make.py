@@ -1,0 +1,383 @@
+"""`python -m tiny.make`: renders the toy dance world and trains everything in tiny/ from nothing, with fixed seeds.
+
+The world: people, dogs and rabbits, one to three of them, dance ten genres' choreographies. A dance is a row of key
+poses that are hit on the beats, with ease in between, so that everything rests on the beat and moves between beats.
+"""
+
+import json
+import math
+import os
+import time
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors import safe_open
+from tqdm import tqdm
+
+import musicinfuser as mi
+
+SIZE, FPS, FRAMES = 64, 30, 73
+HERE = os.path.dirname(os.path.abspath(__file__))
+WORK = os.path.join(HERE, "work")  # unfinished stages
+
+# ------------------------------------------------------------------------------------------------------------------
+# The world in pictures
+# ------------------------------------------------------------------------------------------------------------------
+
+SUBJECTS = ("person", "dog", "rabbit")
+COLOURS = {
+    "red": (0.80, 0.22, 0.22), "blue": (0.20, 0.36, 0.80), "green": (0.16, 0.58, 0.28),
+    "yellow": (0.90, 0.78, 0.22), "purple": (0.56, 0.26, 0.68), "orange": (0.92, 0.52, 0.16),
+}  # fmt: skip
+PLACES = ("studio", "park", "beach", "street", "stage")
+GENRES = {  # AIST's codes: name, tempo the genre likes (BPM), four key poses of the basic dance, eight of the advanced
+    "BR": ("Break", 125, "UDk DUq UDk DUq", "UDk DUq SSs UUn UDq DUk SSs DDj"),
+    "PO": ("Pop", 110, "SBn BSn SBn BSn", "SBn BSn SUw USw BBn SSw SBn DDs"),
+    "LO": ("Lock", 105, "PHl HPr PHl HPr", "PHl HPr UUs HHn PHr HPl SSs HHj"),
+    "MH": ("Middle Hip-hop", 95, "BBs DDn BBs DDn", "BBs DDn SDl DSr BBs UUn DSl SDr"),
+    "LH": ("LA style Hip-hop", 90, "SSl XXr SSl XXr", "SSl XXr UXl XUr SSs XXn USl SUr"),
+    "HO": ("House", 120, "DDl DDr BBl BBr", "DDl BBr DDl UUr BBk DDq BBk UUq"),
+    "WA": ("Waack", 115, "UUn SSn UUn SSn", "UUn SSn UXw XUw SUl USr UUn XXs"),
+    "KR": ("Krump", 85, "XXs UUw XXs UUw", "XXs UUw PDk DPq XXs BBw UDk DUq"),
+    "JS": ("Street Jazz", 100, "USl SUr USl SUr", "USl SUr XXn SSw UDk DUq USs DDn"),
+    "JB": ("Ballet Jazz", 80, "UUj DDn SSj DDn", "UUj DDn USk SUq SSj DDs UUk UUq"),
+}
+HANDS = {  # from the shoulder, outwards and down, in body heights
+    "U": (0.10, -0.38), "S": (0.40, 0.00), "D": (0.10, 0.36), "B": (0.24, -0.20), "H": (0.10, 0.22),
+    "X": (-0.14, 0.10), "P": (0.30, -0.32),
+}  # fmt: skip
+FEET = {  # left (outwards, up), right (outwards, up), sideways shift and crouch of the body
+    "n": ((0.08, 0.00), (0.08, 0.00), 0.00, 0.00), "w": ((0.20, 0.00), (0.20, 0.00), 0.00, 0.03),
+    "l": ((0.20, 0.00), (0.02, 0.00), -0.12, 0.02), "r": ((0.02, 0.00), (0.20, 0.00), 0.12, 0.02),
+    "k": ((0.26, 0.16), (0.04, 0.00), 0.05, 0.00), "q": ((0.04, 0.00), (0.26, 0.16), -0.05, 0.00),
+    "s": ((0.17, 0.00), (0.17, 0.00), 0.00, 0.13), "j": ((0.05, 0.05), (0.05, 0.05), 0.00, -0.07),
+}  # fmt: skip
+
+
+def key_pose(code, low):
+    """Twelve numbers: body shift, crouch; head tilt, lean; left hand, right hand, left foot, right foot (x, y each)."""
+    (lfx, lfy), (rfx, rfy), shift, crouch = FEET[code[2]]
+    (lx, ly), (rx, ry) = HANDS[code[0]], HANDS[code[1]]
+    lean = 0.25 * (ly - ry) + 0.3 * shift  # towards the lower hand
+    return [shift, crouch + (0.07 if low else 0.0), lean, lean, -lx, ly, rx, ry, -lfx, -lfy, rfx, -rfy]
+
+
+def dance(genre, advanced, beat):
+    """Poses (T, 12) at the beat positions `beat` (T,), in beats: at rest on whole numbers, fastest half-way."""
+    codes = GENRES[genre][3 if advanced else 2].split()
+    keys = torch.tensor([key_pose(code, low=k % 2 == 0) for k, code in enumerate(codes)])
+    k, phase = beat.floor().long(), beat - beat.floor()
+    ease = (0.5 - 0.5 * torch.cos(math.pi * phase))[:, None]
+    return keys[k % len(codes)] * (1 - ease) + keys[(k + 1) % len(codes)] * ease
+
+
+def joint(a, b, length, side):  # the elbow or knee between a and b, each (T, 2), and b moved within reach
+    d = b - a
+    distance = d.norm(dim=-1, keepdim=True).clamp(min=1e-3)
+    b = a + d / distance * distance.clamp(max=1.98 * length)
+    half = (b - a) / 2
+    height = (length**2 - half.square().sum(-1, keepdim=True)).clamp(min=0).sqrt()
+    return a + half + side * height * torch.stack([half[:, 1], -half[:, 0]], -1) / half.norm(dim=-1, keepdim=True), b
+
+
+def at(x, y):  # points (T, 2), from the ground up
+    return torch.stack(torch.broadcast_tensors(torch.as_tensor(x), torch.as_tensor(y)), -1)
+
+
+def person(pose, colour):
+    """Capsules (a, b, radius, colour), back to front; x from the middle, y down from the ground, in body heights."""
+    shift, crouch, tilt, lean = pose[:, :4].unbind(1)
+    lh, rh, lf, rf = pose[:, 4:6], pose[:, 6:8], pose[:, 8:10], pose[:, 10:12]
+    skin, dark = torch.tensor([0.86, 0.66, 0.54]), 0.45 * colour + 0.1
+    hip = at(shift, -0.44 + crouch)
+    neck = hip + at(0.30 * lean.sin(), -0.30 * lean.cos())
+    head = neck + at(0.14 * tilt.sin(), -0.14 * tilt.cos())
+    parts = []
+    for foot, side in ((lf, -1), (rf, 1)):
+        top = hip + at(0.06 * side, 0.0)
+        knee, foot = joint(top, foot, 0.23, side)
+        parts += [(top, knee, 0.055, dark), (knee, foot, 0.050, dark)]
+    parts.append((hip, neck, 0.095, colour))
+    for hand, side in ((lh, -1), (rh, 1)):
+        shoulder = neck + at(0.09 * side, 0.02)
+        elbow, hand = joint(shoulder, shoulder + hand, 0.20, -side)
+        parts += [(shoulder, elbow, 0.045, 0.8 * colour), (elbow, hand, 0.042, skin)]
+    return parts + [(head, head, 0.085, skin)]
+
+
+def dog(pose, colour):
+    """From the side, four legs; the forepaws do what a person's hands do, the tail wags with them."""
+    shift, crouch, tilt, lean = pose[:, :4].unbind(1)
+    lh, rh, lf, rf = pose[:, 4:6], pose[:, 6:8], pose[:, 8:10], pose[:, 10:12]
+    far, dark = 0.7 * colour, 0.5 * colour
+    hip = at(shift - 0.20, -0.36 + 1.2 * crouch)
+    chest = hip + at(0.42, 0.0) + at(0.0, 0.3 * (lh[:, 1] + rh[:, 1]) / 2 - 0.06)
+    head = chest + at(0.17 + 0.1 * tilt, -0.17 + 0.3 * crouch)
+    tail = hip + at(-0.18, -0.10 + 0.4 * (lh[:, 1] - rh[:, 1]))
+    parts = [(hip, tail, 0.035, colour)]
+    for hand, foot, shade, dx in ((lh, lf, far, 0.06), (rh, rf, colour, -0.02)):
+        lift = (0.36 - hand[:, 1]) * 0.40  # a raised hand is a raised paw
+        forepaw = at(0.20 + dx + 0.4 * hand[:, 0].abs(), -lift)
+        hindpaw = at(-0.24 + dx + 0.5 * foot[:, 0], foot[:, 1])
+        for top, paw, side in ((chest, forepaw, -1), (hip, hindpaw, 1)):
+            knee, paw = joint(top, paw, 0.19, side)
+            parts += [(top, knee, 0.050, shade), (knee, paw, 0.045, shade)]
+    parts.append((hip, chest, 0.115, colour))
+    parts += [(head, head, 0.105, colour), (head + at(0.06, 0.04), head + at(0.15, 0.05), 0.050, colour)]
+    return parts + [(head + at(-0.07, -0.06), head + at(-0.11, 0.05), 0.040, dark)]
+
+
+def rabbit(pose, colour):
+    """Upright, round, short limbs; the long ears do what a person's hands do."""
+    shift, crouch, tilt, lean = pose[:, :4].unbind(1)
+    lh, rh, lf, rf = pose[:, 4:6], pose[:, 6:8], pose[:, 8:10], pose[:, 10:12]
+    pale = 0.5 * colour + 0.45
+    hip = at(shift, -0.24 + crouch)
+    neck = hip + at(0.22 * lean.sin(), -0.22 * lean.cos())
+    head = neck + at(0.15 * tilt.sin(), -0.15 * tilt.cos())
+    parts = []
+    for foot, side in ((lf, -1), (rf, 1)):
+        paw = at(0.03 * side + 0.9 * foot[:, 0], foot[:, 1] - 0.03)
+        parts += [(hip + at(0.08 * side, 0.0), paw, 0.060, 0.7 * colour), (paw, paw + at(0.06 * side, 0.0), 0.045, pale)]
+    for hand, side in ((lh, -1), (rh, 1)):  # ears
+        root = head + at(0.045 * side, -0.06)
+        parts.append((root, root + at(0.45 * hand[:, 0], -0.20 + 0.22 * hand[:, 1]), 0.045, 0.8 * colour))
+    parts += [(hip, neck, 0.15, colour), (hip + at(0.0, 0.02), neck + at(0.0, 0.06), 0.085, pale)]
+    for hand, side in ((lh, -1), (rh, 1)):
+        shoulder = neck + at(0.11 * side, 0.05)
+        parts.append((shoulder, shoulder + 0.45 * hand, 0.045, 0.7 * colour))
+    return parts + [(head, head, 0.115, colour)]
+
+
+FIGURES = {"person": person, "dog": dog, "rabbit": rabbit}
+
+
+def backdrop(place, rng, dx, zoom):
+    """(T, 3, SIZE, SIZE) for camera offsets dx (T,) and zooms (T,)."""
+    axis = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
+    y = (axis / zoom[:, None] + 0.5)[:, None, :, None]  # 0 the top, 1 the bottom
+    x = (axis / zoom[:, None] + 0.5 + dx[:, None])[:, None, None, :]
+    light = rng.uniform(0.92, 1.05)
+
+    def mix(a, b, amount):
+        return torch.tensor(a)[:, None, None] * (1 - amount) + torch.tensor(b)[:, None, None] * amount
+
+    def edge(z, softness=0.02):
+        return (z / softness + 0.5).clamp(0, 1)
+
+    def disc(cx, cy, rx, ry):
+        return edge(1 - (((x - cx) / rx).square() + ((y - cy) / ry).square()).sqrt(), 0.15)
+
+    def over(picture, colour, amount):
+        return picture * (1 - amount) + torch.tensor(colour)[:, None, None] * amount
+
+    floor = edge(y - 0.80)
+    a, b = rng.uniform(0.1, 0.9, 2)
+    if place == "studio":
+        picture = over(mix((0.84, 0.84, 0.86), (0.92, 0.92, 0.93), y), (0.72, 0.72, 0.74), floor)
+    elif place == "park":
+        picture = over(mix((0.62, 0.78, 0.92), (0.80, 0.88, 0.94), y), (0.46, 0.64, 0.36), edge(y - 0.70))
+        for cx in (a, b):
+            picture = over(picture, (0.44, 0.36, 0.28), edge(0.03 - (x - cx).abs()) * edge(y - 0.4) * edge(0.72 - y))
+            picture = over(picture, (0.34, 0.54, 0.32), disc(cx, 0.36, 0.14, 0.18))
+    elif place == "beach":
+        picture = over(mix((0.66, 0.84, 0.96), (0.84, 0.92, 0.96), y), (0.36, 0.62, 0.76), edge(y - 0.50))
+        picture = over(picture, (0.88, 0.80, 0.60), edge(y - 0.72 - 0.02 * torch.sin(9 * x)))
+        picture = over(picture, (0.98, 0.90, 0.62), disc(a, 0.16, 0.09, 0.09))
+    elif place == "street":
+        picture = over(mix((0.74, 0.76, 0.80), (0.82, 0.82, 0.84), y), (0.46, 0.46, 0.48), edge(y - 0.78))
+        for cx, tall, shade in ((a, 0.30, 0.60), (b, 0.15, 0.54), ((a + b) / 2 + 0.45, 0.22, 0.64)):
+            picture = over(picture, (shade, shade - 0.06, shade - 0.10), edge(0.13 - (x - cx).abs()) * edge(y - tall) * edge(0.78 - y))
+    else:  # stage
+        picture = over(mix((0.16, 0.14, 0.22), (0.24, 0.20, 0.32), y), (0.34, 0.26, 0.28), floor)
+        picture = over(picture, (0.58, 0.52, 0.52), 0.8 * disc(0.5, 0.93, 0.44, 0.12))
+        picture = over(picture, (0.36, 0.34, 0.52), 0.5 * edge(0.10 + 0.25 * y - (x - 0.5).abs(), 0.1))
+    return (picture * light).clamp(0, 1).expand(len(dx), 3, SIZE, SIZE)
+
+
+def render(scene, beat):
+    """scene: a dict from draw_scene; beat (T,) in beats. Returns uint8 (T, SIZE, SIZE, 3)."""
+    rng, T = np.random.default_rng(scene["seed"]), len(beat)
+    t = torch.arange(T) / FPS
+    moving = scene["camera"] == "10"
+    dx = moving * 0.05 * torch.sin(0.9 * t + rng.uniform(0, 6))
+    zoom = 1 + moving * 0.06 * torch.sin(0.7 * t + rng.uniform(0, 6))
+    picture = backdrop(scene["place"], rng, dx, zoom).clone()
+    count = scene["count"]
+    height = {1: 0.70, 2: 0.56, 3: 0.46}[count] * rng.uniform(0.92, 1.08)
+    pose = dance(scene["genre"], scene["advanced"], beat.float() + rng.integers(8)) * torch.tensor(rng.uniform(0.9, 1.1, 12)).float()
+    mirror = -1.0 if rng.random() < 0.5 else 1.0
+    centres = (np.arange(count) - (count - 1) / 2) * {1: 0, 2: 0.44, 3: 0.31}[count] + rng.uniform(-0.05, 0.05)
+    axis = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
+    grid = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)  # (y, x, 2)
+    colour = (torch.tensor(COLOURS[scene["colour"]]) * rng.uniform(0.92, 1.06)).clamp(0, 1)
+    for centre in centres:
+        for a, b, radius, shade in FIGURES[scene["subject"]](pose, colour):
+            a, b = (p * torch.tensor([mirror, 1.0]) * height + torch.tensor([centre, 0.37]).float() for p in (a, b))
+            a, b = ((p - torch.stack([dx, 0 * dx], -1)) * zoom[:, None] for p in (a, b))
+            low, high = torch.minimum(a, b).amin(0) - 0.1, torch.maximum(a, b).amax(0) + 0.1  # only where it can be
+            x0, y0 = ((low + 0.5) * SIZE).floor().clamp(0, SIZE).int().tolist()
+            x1, y1 = ((high + 0.5) * SIZE).ceil().clamp(0, SIZE).int().tolist()
+            if x0 >= x1 or y0 >= y1:
+                continue
+            p = grid[None, y0:y1, x0:x1] - a[:, None, None]  # (T, h, w, 2)
+            d = (b - a)[:, None, None]
+            along = ((p * d).sum(-1) / d.square().sum(-1).clamp(min=1e-9)).clamp(0, 1)
+            distance = (p - along[..., None] * d).norm(dim=-1)
+            cover = ((radius * height - distance) * SIZE / 1.4 + 0.5).clamp(0, 1)[:, None]
+            region = picture[:, :, y0:y1, x0:x1]
+            region += (shade.clamp(0, 1)[:, None, None] - region) * cover
+    return (picture * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def draw_scene(rng, **fixed):
+    """A scene at random: subject, count, colour, place, genre, advanced, camera, seed; any of them may be given."""
+    scene = {
+        "subject": str(rng.choice(SUBJECTS)),
+        "count": int(rng.choice([1, 2, 3], p=[0.7, 0.18, 0.12])),
+        "colour": str(rng.choice(list(COLOURS))),
+        "place": str(rng.choice(PLACES, p=[0.4, 0.15, 0.15, 0.15, 0.15])),
+        "genre": str(rng.choice(list(GENRES))),
+        "advanced": bool(rng.random() < 0.5),
+        "camera": str(rng.choice(["01", "10"], p=[0.8, 0.2])),
+        "seed": int(rng.integers(2**31)),
+    }
+    return scene | fixed
+
+
+def steady_beat(rng, frames=FRAMES):  # beats (T,) of a tempo from 60 to 180 BPM and any phase
+    return rng.uniform(0, 8) + torch.arange(frames) / FPS * math.exp(rng.uniform(math.log(60), math.log(180))) / 60
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Training, common to all stages
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def fit(name, parameters, loss, steps, lr, decay=0.998, warmup=50, every=60):
+    """AdamW with a cosine schedule; ends with the moving average of the weights in `parameters`, a {name: tensor}.
+
+    The optimiser holds float32 copies, so bfloat16 parameters (four times as fast where the CPU has AMX) lose nothing.
+    loss(step) -> (loss, {name: number to show}); its randomness must follow from the step alone, so that a run that
+    was stopped goes on as if it had not been: every `every` seconds all is saved below work/.
+    """
+    masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
+    average = {k: m.detach().clone() for k, m in masters.items()}
+    optimiser = torch.optim.AdamW(masters.values(), lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimiser, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1)))
+    )
+    path, start = os.path.join(WORK, f"{name}.safetensors"), 0
+    if os.path.exists(path):
+        with safe_open(path, framework="pt") as file:
+            start = int(file.metadata()["step"])
+            for i, (k, m) in enumerate(masters.items()):
+                m.data.copy_(file.get_tensor(f"master.{k}"))
+                average[k].copy_(file.get_tensor(f"average.{k}"))
+                moments = {key: file.get_tensor(f"{key}.{k}") for key in ("exp_avg", "exp_avg_sq")}
+                optimiser.state[m] = {"step": torch.tensor(float(start)), **moments}
+        schedule.last_epoch = start - 1
+        schedule.step()
+    shown, saved = {}, time.time()
+    bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
+    for step in bar:
+        for k, p in parameters.items():
+            p.data.copy_(masters[k])
+        value, numbers = loss(step)
+        value.backward()
+        for k, p in parameters.items():
+            masters[k].grad = None if p.grad is None else p.grad.float()
+            p.grad = None
+        nn.utils.clip_grad_norm_(masters.values(), 1.0)
+        optimiser.step()
+        schedule.step()
+        rate = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [m.detach() for m in masters.values()], 1 - rate)
+        for k, number in numbers.items():
+            shown[k] = shown.get(k, float(number)) * 0.95 + 0.05 * float(number)
+        bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in shown.items()), refresh=False)
+        if time.time() - saved > every or step == steps - 1:
+            state = {f"master.{k}": m for k, m in masters.items()} | {f"average.{k}": a for k, a in average.items()}
+            for k, m in masters.items():
+                state |= {f"{key}.{k}": optimiser.state[m][key] for key in ("exp_avg", "exp_avg_sq")}
+            mi.save_safetensors(path, state, {"step": str(step + 1)})
+            saved = time.time()
+    for k, p in parameters.items():
+        p.data.copy_(average[k])
+
+
+def named(**modules):  # {name: parameter} of several modules
+    return {f"{m}.{k}": p for m, module in modules.items() for k, p in module.named_parameters()}
+
+
+def as_bfloat16(module):  # the matrices, as load_dit does
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            layer.to(torch.bfloat16)
+    return module.requires_grad_(True)
+
+
+def rng_of(*numbers):  # numpy's and torch's generators for a step
+    return np.random.default_rng(numbers), torch.Generator().manual_seed(hash(numbers) % 2**31)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stage 1: the video VAE
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def pool(count, seed, frames=FRAMES, **fixed):
+    """Silent clips, uint8 (count, frames, SIZE, SIZE, 3), and their scenes."""
+    rng = np.random.default_rng(seed)
+    scenes = [draw_scene(rng, **fixed) for _ in range(count)]
+    clips = np.empty((count, frames, SIZE, SIZE, 3), np.uint8)
+    for i in tqdm(range(count), "rendering", mininterval=10):
+        clips[i] = render(scenes[i], steady_beat(rng, frames))
+    return clips, scenes
+
+
+def to_video(clips):  # uint8 (B, T, H, W, 3) -> (B, 3, T, H, W) in [-1, 1]
+    return torch.from_numpy(clips).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def psnr(encoder, decoder, clips):  # of clips through the VAE, dB
+    errors = []
+    with torch.no_grad():
+        for clip in clips:
+            video = to_video(clip[None])
+            errors.append(((decoder(encoder(video)[0], chunk=99).clamp(-1, 1) - video) / 2).square().mean().item())
+    return -10 * math.log10(np.mean(errors)), [-10 * math.log10(e) for e in errors]
+
+
+def make_vae(steps=3600, seed=1):
+    torch.manual_seed(seed)
+    encoder = as_bfloat16(mi.Encoder((24, 40, 72, 88), (0, 1, 2, 2, 1), attention=(False, False, False, True, True)))
+    decoder = as_bfloat16(mi.Decoder((88, 72, 56, 24), (2, 2, 2, 2, 0)))
+    clips, _ = pool(1600, seed)
+    unseen, _ = pool(16, seed + 1000)
+
+    def loss(step):
+        rng, generator = rng_of(seed, step)
+        frames, batch = (13, 6) if step < 0.75 * steps else (25, 3)
+        picked = [(int(i), int(f)) for i, f in zip(rng.integers(len(clips), size=batch), rng.integers(FRAMES - frames + 1, size=batch))]
+        video = to_video(np.stack([clips[i, f : f + frames] for i, f in picked]))
+        mean, logvar = encoder(video)
+        logvar = logvar.clamp(-12, 4)
+        z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
+        error = decoder(z, chunk=99) - video
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        mse = error.square().mean()
+        total = error.abs().mean() + 3 * mse + 3e-4 * kl
+        return total, {"dB": -10 * math.log10(mse.item() / 4), "kl": kl.item()}
+
+    fit("vae", named(encoder=encoder, decoder=decoder), loss, steps, 2e-3)
+    for name, module in (("encoder", encoder), ("decoder", decoder)):
+        mi.save_safetensors(f"{HERE}/{name}.safetensors", mi.shrunk(module.state_dict()))
+    encoder, decoder = mi.load_encoder(f"{HERE}/encoder.safetensors"), mi.load_decoder(f"{HERE}/decoder.safetensors")
+    print(f"VAE: PSNR {psnr(encoder, decoder, unseen)[0]:.2f} dB on 16 unseen clips")
+
+
+if __name__ == "__main__":
+    make_vae()
