@@ -252,6 +252,110 @@ def steady_beat(rng, frames=FRAMES):  # beats (T,) of a tempo from 60 to 180 BPM
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# The world in sound
+# ------------------------------------------------------------------------------------------------------------------
+
+RHYTHMS = {  # sixteenths of a bar: kick, snare, hat, bass; loudness of chords and melody
+    "BR": ("x.x.......x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x.x...x...x..x..", 0.3, 0.3),
+    "PO": ("x.....x.x.......", "....x.......x...", "xxxxxxxxxxxxxxxx", "x..x..x.x..x..x.", 0.4, 0.4),
+    "LO": ("x......x..x.....", "....x.......x..x", "x.x.x.x.x.x.x.x.", "x...x..x..x.x...", 0.6, 0.3),
+    "MH": ("x......x.xx.....", "....x.......x...", "x..xx..xx..xx..x", "x.......x.......", 0.4, 0.2),
+    "LH": ("x..x......x.....", "....x.......x...", "x.xxx.x.x.xxx.x.", "x..x......x.....", 0.5, 0.5),
+    "HO": ("x...x...x...x...", "....x.......x...", "..x...x...x...x.", "..x...x...x...x.", 0.7, 0.3),
+    "WA": ("x...x...x...x...", "....x.......x...", "x.xxx.xxx.xxx.xx", "x.x.x.x.x.x.x.x.", 0.6, 0.6),
+    "KR": ("x..x..x.x.......", "....x.......x...", "x...x...x...x...", "x..x..x.x.......", 0.2, 0.3),
+    "JS": ("x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x...x...x...x...", 0.6, 0.7),
+    "JB": ("x...............", "................", "....x.......x...", "x.......x.......", 0.9, 0.8),
+}
+TEST_SONGS = {"LH": 4, "KR": 2, "BR": 0, "LO": 2, "JB": 5, "WA": 0, "JS": 3, "MH": 3, "HO": 5, "PO": 1}  # AIST's own
+
+
+def compose(genre, tempo, seed, seconds, rate=16000):
+    """A song, float32 (samples,): drums, bass, chords and a melody whose sounds and notes follow from the seed.
+    The first beat is at 0 s, the next ones 60 / tempo s apart."""
+    rng = np.random.default_rng(seed)
+    song = np.zeros(int(seconds * rate) + 2 * rate, np.float32)
+    sixteenth = 15 / tempo
+    swing = rng.choice([0, 0, 0.12, 0.25]) * sixteenth  # late off-beats
+
+    def times(count):
+        t = np.arange(count + 1)
+        return t / rate
+
+    def add(sound, step, gain):
+        at = int((step * sixteenth + (swing if step % 2 else 0)) * rate)
+        if at < int(seconds * rate):
+            song[at : at + len(sound)] += (gain * sound)[: len(song) - at]
+
+    def noise(decay, low, high):  # filtered by differences and sums, enough for a snare or a hat
+        t = times(int(6 * decay * rate))
+        x = rng.standard_normal(len(t)) * np.exp(-t / decay)
+        spectrum = np.fft.rfft(x)
+        f = np.fft.rfftfreq(len(x), 1 / rate)
+        return np.fft.irfft(spectrum * ((f > low) & (f < high)), len(x)).astype(np.float32)
+
+    harmonics = {k: rng.uniform(0.2, 1, 6) * np.arange(1, 7) ** -rng.uniform(0.6, 2.2) for k in "bcm"}
+    sharp = {k: rng.uniform(0.002, 0.02) for k in "bcm"}
+
+    def tone(kind, pitch, length):  # additive, with an attack and a decay
+        t = times(int(length * rate))
+        f = 440 * 2 ** ((pitch - 69) / 12)
+        partials = [a * np.sin(2 * np.pi * f * (n + 1) * t) for n, a in enumerate(harmonics[kind]) if f * (n + 1) < rate / 2]
+        fade = np.minimum(1, (length - t) / 0.01).clip(0)
+        return (sum(partials) / sum(harmonics[kind]) * np.exp(-t / (0.5 * length + 0.05)) * np.minimum(1, t / sharp[kind]) * fade).astype(np.float32)
+
+    t = times(int(0.4 * rate))
+    low, sweep, decay = rng.uniform(45, 65), rng.uniform(60, 160), rng.uniform(0.06, 0.16)
+    kick = (np.sin(2 * np.pi * (low * t + sweep * 0.03 * (1 - np.exp(-t / 0.03)))) * np.exp(-t / decay)).astype(np.float32)
+    snare = noise(rng.uniform(0.04, 0.12), rng.uniform(200, 900), rng.uniform(4000, 7900))
+    hat = noise(rng.uniform(0.01, 0.05), rng.uniform(4000, 6000), 7900)
+    kicks, snares, hats, basses, chords, melody = RHYTHMS[genre]
+    level = {k: rng.uniform(*v) for k, v in {"kick": (0.6, 1.1), "snare": (0.2, 0.6), "hat": (0.05, 0.3), "bass": (0.2, 0.6)}.items()}
+    level = {k: v * (rng.random() > 0.07) for k, v in level.items()}  # now and then an instrument is missing
+    level["hat"] *= genre != "JB" or 0.5
+    key, scale = rng.integers(36, 48), np.array([0, 2, 3, 5, 7, 8, 10] if rng.random() < 0.5 else [0, 2, 4, 5, 7, 9, 11])
+    progression = rng.choice([0, 3, 4, 5], 4)
+    note = lambda degree, octave: key + 12 * (octave + degree // 7) + scale[degree % 7]  # noqa: E731
+    motif = np.where(rng.random(16) < [0.9, 0.1, 0.3, 0.1] * 4, rng.integers(0, 8, 16), -1)
+    stab = rng.choice([4, 4, 8, 16])  # sixteenths between chords
+    for step in range(int(seconds / sixteenth) + 1):
+        s, bar = step % 16, step // 16
+        accent = rng.uniform(0.8, 1.0)
+        fill = bar % 4 == 3 and s >= 12 and rng.random() < 0.3
+        if kicks[s] == "x":
+            add(kick, step, level["kick"] * accent)
+        if snares[s] == "x" or fill:
+            add(snare, step, level["snare"] * accent)
+        if hats[s] == "x":
+            add(hat, step, level["hat"] * accent * (1 if s % 4 == 0 else 0.7))
+        degree = int(progression[bar % 4])
+        if basses[s] == "x":
+            add(tone("b", note(degree, 0), 1.6 * sixteenth), step, level["bass"] * accent)
+        if s % stab == 0:
+            for third in (0, 2, 4):
+                add(tone("c", note(degree + third, 1), 0.9 * stab * sixteenth), step, 0.16 * chords)
+        if motif[s] >= 0:
+            add(tone("m", note(degree + int(motif[s]), 2), 2 * sixteenth), step, 0.25 * melody * accent)
+    if rng.random() < 0.5:  # a room
+        t = times(int(rng.uniform(0.1, 0.5) * rate))
+        echo = rng.standard_normal(len(t)) * np.exp(-6 * t / t[-1])
+        size = len(song) + len(echo)
+        wet = np.fft.irfft(np.fft.rfft(song, size) * np.fft.rfft(echo, size), size)[: len(song)]
+        song = song + rng.uniform(0.05, 0.3) * wet / (np.abs(wet).max() + 1e-6) * np.abs(song).max()
+    song = song + rng.standard_normal(len(song)) * np.abs(song).max() * 10 ** rng.uniform(-4, -2)
+    return (song[: int(seconds * rate)] / np.abs(song).max() * rng.uniform(0.5, 0.95)).astype(np.float32)
+
+
+def draw_song(rng, genre=None, seconds=14.0):
+    """(samples at 16 kHz, genre, tempo in BPM, 60 to 180, around what the genre likes)."""
+    genre = genre or str(rng.choice(list(GENRES)))
+    tempo = np.exp(rng.uniform(np.log(60), np.log(180)))
+    if rng.random() < 0.4:
+        tempo = float(np.clip(GENRES[genre][1] * np.exp(rng.normal(0, 0.12)), 60, 180))
+    return compose(genre, tempo, int(rng.integers(2**31)), seconds), genre, float(tempo)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # Training, common to all stages
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -379,5 +483,174 @@ def make_vae(steps=3600, seed=1):
     print(f"VAE: PSNR {psnr(encoder, decoder, unseen)[0]:.2f} dB on 16 unseen clips")
 
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stage 2: the text encoder. A small T5 learns to tell from a caption what it says of the scene.
+# ------------------------------------------------------------------------------------------------------------------
+
+WHO = {
+    "person": (("person", "dancer", "man", "woman", "professional dancer", "male dancer", "female dancer",
+                "professional female dancer", "professional male dancer"),
+               ("people", "dancers", "men", "women", "professional dancers", "persons")),
+    "dog": (("dog", "puppy", "dog", "hound"), ("dogs", "puppies", "hounds")),
+    "rabbit": (("rabbit", "bunny", "hare"), ("rabbits", "bunnies", "hares")),
+}  # fmt: skip
+WHERE = {
+    "studio": ("in a studio with a white backdrop", "in a studio", "in the white studio", "indoors"),
+    "park": ("in a park", "in the park with trees", "on the grass", "in a garden"),
+    "beach": ("on the beach", "on a beach", "by the sea", "on the sand by the ocean"),
+    "street": ("in the street", "on a street", "in the middle of a city", "in New York City"),
+    "stage": ("on a stage", "on stage at night", "in a dark club", "under the spotlights"),
+}
+VIEW = {"01": ("front view", "captured from the front", "from a front view"),
+        "10": ("moving front view", "captured from a moving front view", "with a moving camera")}  # fmt: skip
+
+
+def caption(scene, rng):
+    """A caption in few or many words, and what it tells: {attribute: value or None}."""
+    told = {key: bool(rng.random() < p) for key, p in
+            dict(colour=0.65, place=0.65, genre=0.5, advanced=0.3, camera=0.3).items()}  # fmt: skip
+    one, many = WHO[scene["subject"]]
+    pick = lambda options: str(rng.choice(options))  # noqa: E731
+    who = pick(one) if scene["count"] == 1 else pick(many)
+    colour = scene["colour"]
+    if told["colour"]:
+        if scene["subject"] == "person":
+            who += " " + pick([f"in {colour}", f"wearing {colour}", f"in a {colour} shirt", f"dressed in {colour}"])
+        else:
+            who = f"{colour} {who}"
+    article = "an" if who.startswith("orange") else pick(["a", "a", "one"])
+    who = {1: article, 2: "two", 3: "three"}[scene["count"]] + " " + who
+    name, place = GENRES[scene["genre"]][0], pick(WHERE[scene["place"]])
+    if told["genre"]:
+        does = pick([f"dancing {name}", f"dancing {name}", f"performing {name}", f"doing a {name} dance"])
+    else:
+        does = pick(["dancing", "dancing", "dancing to the music", "performing a dance"])
+    setting = pick(["an advanced dance" if scene["advanced"] else "a basic dance"])
+    parts = [f"{who} {does}"]
+    if told["advanced"]:
+        parts.append(f"in {setting} setting")
+    if told["place"]:
+        parts.append(place)
+    text = " ".join(parts)
+    if told["camera"]:
+        text += ", " + pick(VIEW[scene["camera"]])
+    if rng.random() < 0.2:
+        text = pick(["a video of ", "a dance video of ", "this is "]) + text
+    if rng.random() < 0.3:
+        text = text[0].upper() + text[1:] + "."
+    values = {"subject": scene["subject"], "count": scene["count"]}
+    return text, values | {key: scene[key] if told[key] else None for key in told}
+
+
+LABELS = {
+    "subject": list(SUBJECTS), "count": [1, 2, 3], "colour": [*COLOURS, None], "place": [*PLACES, None],
+    "genre": [*GENRES, None], "advanced": [False, True, None], "camera": ["01", "10", None],
+}  # fmt: skip
+
+
+def make_text(steps=1200, batch=48, seed=2):
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    lines = [caption(draw_scene(rng), rng)[0] for _ in range(20000)]
+    folder = f"{HERE}/tokenizer"
+    os.makedirs(folder, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=f"{folder}/spiece", vocab_size=400, model_type="unigram", pad_id=0,
+        eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, byte_fallback=False, minloglevel=2,
+    )  # fmt: skip
+    os.remove(f"{folder}/spiece.vocab")
+    tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
+    tokenizer.save_pretrained(folder)
+    config = T5Config(vocab_size=len(tokenizer), d_model=96, d_kv=24, d_ff=192, num_layers=3, num_heads=4, dropout_rate=0.0,
+                      feed_forward_proj="gated-gelu", tie_word_embeddings=False)  # fmt: skip
+    t5 = T5EncoderModel(config)
+    heads = nn.ModuleDict({k: nn.Linear(96, len(v)) for k, v in LABELS.items()})
+
+    def loss(step, seed=seed):
+        rng, _ = rng_of(seed, step)
+        texts, told = zip(*(caption(draw_scene(rng), rng) for _ in range(batch)))
+        tokens = tokenizer(list(texts), padding=True, return_tensors="pt")
+        y = t5(**tokens).last_hidden_state  # (B, L, 96); every token is to know the whole caption
+        valid = tokens.attention_mask.float() / tokens.attention_mask.sum(1, keepdim=True)
+        total, right = 0, 0
+        for key, head in heads.items():
+            logits = head(y).transpose(1, 2)  # (B, values, L)
+            target = torch.tensor([LABELS[key].index(values[key]) for values in told])
+            total = total + (F.cross_entropy(logits, target[:, None].expand(-1, y.shape[1]), reduction="none") * valid).sum(1).mean()
+            right += ((logits * valid[:, None]).sum(2).argmax(1) == target).float().mean().item() / len(heads)
+        return total, {"loss": total.item(), "right": right}
+
+    fit("text", named(t5=t5, heads=heads), loss, steps, 2e-3)
+    t5.save_pretrained(f"{HERE}/text_encoder")
+    with torch.no_grad():
+        print(f"text encoder: {np.mean([loss(i, seed + 1000)[1]['right'] for i in range(10)]):.3f} of what captions say is told right")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stage 3: the music encoder. A small Wav2Vec 2.0 is taught the beat: each token is to tell phase, tempo and genre.
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def rough(samples, rng):
+    """A crop as a recording might have it: another loudness, tilt, hiss."""
+    spectrum, f = np.fft.rfft(samples), np.linspace(0, 1, len(samples) // 2 + 1)
+    if rng.random() < 0.5:
+        tilt = rng.normal(0, 1.5) * f + sum(rng.normal(0, 0.4) * np.cos(np.pi * n * f) for n in range(1, 6))
+        samples = np.fft.irfft(spectrum * np.exp(tilt), len(samples))
+    if rng.random() < 0.3:
+        samples = samples + rng.standard_normal(len(samples)) * samples.std() * 10 ** rng.uniform(-2, -0.5)
+    return samples
+
+
+def make_audio(steps=2200, batch=24, seed=3, songs=1000):
+    from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    torch.manual_seed(seed)
+    config = Wav2Vec2Config(hidden_size=96, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256, conv_dim=(40,) * 7,
+                            num_conv_pos_embeddings=64, num_conv_pos_embedding_groups=8, hidden_dropout=0.0, attention_dropout=0.0,
+                            activation_dropout=0.0, feat_proj_dropout=0.0, layerdrop=0.0, mask_time_prob=0.0, vocab_size=32)  # fmt: skip
+    wav2vec = Wav2Vec2Model(config)
+    head = nn.Linear(96, 3 + len(GENRES))
+    rng = np.random.default_rng(seed)
+    pieces = [draw_song(rng) for _ in tqdm(range(songs), "composing", mininterval=10)]
+    unseen = [draw_song(np.random.default_rng((seed, 1000, i))) for i in range(48)]
+
+    def loss(step, pieces=pieces, seed=seed):
+        rng, _ = rng_of(seed, step)
+        seconds = float(rng.choice([2.5233, 2.5233, 2.5233, 6.0])) if pieces is not unseen else 2.5233
+        crops, phases, tempos, genres = [], [], [], []
+        for i in rng.integers(len(pieces), size=batch if seconds < 3 else batch // 2):
+            samples, genre, tempo = pieces[i]
+            start = rng.uniform(0, len(samples) / 16000 - seconds - 0.01)
+            crops.append(rough(samples[int(start * 16000) :][: math.ceil(seconds * 16000)], rng))
+            phases.append((start * tempo / 60, tempo / 60)), tempos.append(math.log2(tempo / 104)), genres.append(list(GENRES).index(genre))
+        x = torch.from_numpy(np.stack(crops)).float()
+        x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
+        out = head(wav2vec(x).last_hidden_state)  # (B, A, 3 + genres)
+        phase = torch.tensor(phases, dtype=torch.float64)
+        beat = 2 * math.pi * (phase[:, :1] + phase[:, 1:] * (torch.arange(out.shape[1]) * 0.02 + 0.0125))
+        beat = torch.stack([beat.cos(), beat.sin()], -1).float()
+        tempo = torch.tensor(tempos)[:, None].expand(-1, out.shape[1]).float()
+        genre = F.cross_entropy(out[..., 3:].mean(1), torch.tensor(genres))
+        at_beat = (out[..., :2] - beat).square().sum(-1).mean()
+        total = at_beat + (out[..., 2] - tempo).square().mean() + 0.1 * genre
+        cosine = F.cosine_similarity(out[..., :2], beat, dim=-1).mean()
+        return total, {"loss": total.item(), "cos": cosine.item(), "tempo": (out[..., 2] - tempo).abs().mean().item(), "genre": genre.item()}
+
+    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
+    wav2vec.save_pretrained(f"{HERE}/audio_encoder")
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(f"{HERE}/audio_encoder")
+    with torch.no_grad():
+        numbers = [loss(i, unseen, seed + 1000)[1] for i in range(10)]
+    print("audio encoder: on unseen songs", {k: round(float(np.mean([n[k] for n in numbers])), 3) for k in numbers[0]})
+
+
 if __name__ == "__main__":
-    make_vae()
+    import sys
+
+    for stage in sys.argv[1:] or ("vae", "text", "audio"):
+        globals()[f"make_{stage}"]()

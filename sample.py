@@ -1,0 +1,189 @@
+"""A song and a prompt in, a dancing video out:   python sample.py song.wav "a dog dancing" """
+
+import argparse
+import os
+import re
+import resource
+import tempfile
+import time
+import warnings
+
+import torch
+from tqdm import tqdm
+
+import musicinfuser as mi
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_weights():
+    """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
+    folder = os.path.join(HERE, "weights")
+    return folder if os.path.exists(os.path.join(folder, "dit.safetensors")) else os.path.join(HERE, "tiny")
+
+
+def choose_device(device=None, dtype=None):
+    """("cuda" where there is one, else "cpu"; bfloat16 on a GPU, else float32), unless told otherwise."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise mi.InputError(f"no device {device} here ({str(error).splitlines()[0]}); try --device cpu") from error
+    if dtype is None:
+        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    return device, DTYPES[dtype]
+
+
+def check_sizes(frames, height, width):
+    if frames < 1 or frames % 6 != 1:
+        low = max((frames - 1) // 6 * 6 + 1, 1)
+        raise mi.InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise mi.InputError(f"height and width must be multiples of 16, not {height}x{width}")
+
+
+def free_name(out, stem):
+    """The mp4 to write: `out` itself if it names one that does not exist, else a new one in the folder `out`."""
+    if out.endswith(".mp4"):
+        if os.path.exists(out):
+            raise mi.InputError(f"{out} exists; name another --out")
+        return out
+    names = (os.path.join(out, f"{stem}{'' if n == 1 else f'-{n}'}.mp4") for n in range(1, 10**9))
+    return next(name for name in names if not os.path.exists(name))
+
+
+def check_writable(out):
+    folder = os.path.dirname(os.path.abspath(out)) if out.endswith(".mp4") else out
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise mi.InputError(f"cannot write in {folder}: {error.strerror}") from error
+
+
+def slug(text, length=60):
+    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:length].strip("-") or "empty"
+
+
+def peak_memory(device):
+    """Gigabytes: of the GPU, else of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None, steps=None, cfg=None, music_cfg=None,
+             skip=(), skip_scale=1.0, negative="", seeds=(0,), start=0.0, speed=1.0, out="outputs", device=None,
+             dtype=None):  # fmt: skip
+    """Make a video for each seed; returns their paths. None stands for the weights folder's own default.
+
+    song: an audio or video file. adapter: a file, "none" for the model without music, None for the folder's own.
+    size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. start: seconds into the song.
+    speed: the song's, for the model and in the file. out: a folder or an .mp4. Raises musicinfuser.InputError.
+    """
+    began = time.time()
+    weights = weights or default_weights()
+    device, dtype = choose_device(device, dtype)
+    path = lambda name: os.path.join(weights, name)  # noqa: E731
+    adapter = adapter or path("musicinfuser.safetensors")
+    adapter = None if adapter == "none" else adapter
+
+    # Everything that can be wrong is looked at before anything takes long
+    dit = mi.load_dit(path("dit.safetensors"), device="meta")
+    natural = dit.natural
+    frames = natural.frames if frames is None else frames
+    height, width = size or (natural.height, natural.width)
+    steps, cfg = steps or natural.steps, natural.cfg if cfg is None else cfg
+    music_cfg = (natural.music_cfg if adapter else 0.0) if music_cfg is None else music_cfg
+    check_sizes(frames, height, width)
+    sigmas = mi.linear_quadratic_schedule(steps)
+    if skip and not 0 <= min(skip) <= max(skip) < len(dit.blocks):
+        raise mi.InputError(f"--skip takes layers from 0 to {len(dit.blocks) - 1}, not {list(skip)}")
+    if start < 0 or not 0.1 <= speed <= 10:
+        raise mi.InputError("--start must not be negative, and --speed must be from 0.1 to 10")
+    if adapter:
+        mi.load_adapter(dit, adapter)
+    mi.load_decoder(path("decoder.safetensors"), device="meta")
+    if out.endswith(".mp4") and len(seeds) > 1:
+        raise mi.InputError(f"--out {out} is one file for {len(seeds)} seeds; name a folder")
+    free_name(out, "")
+    stem = f"{slug(os.path.splitext(os.path.basename(song))[0], 30)}-{slug(prompt)}"
+    waveform, heard = mi.music_window(song, frames, natural.fps, start, speed)
+    check_writable(out)
+
+    print(f"weights  {weights}, adapter {adapter or 'none'}")
+    print(f"device   {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"video    {height}x{width}, {frames} frames at {natural.fps} fps, {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}")
+    print(f"song     {song} from {start:g} s at speed {speed:g}")
+    if heard < frames / natural.fps:
+        print(f"the song ends after {heard:.1f} s of the video; silence follows")
+
+    text, null = mi.encode_text(weights, [prompt, negative], device, dtype)
+    audio = mi.encode_audio(weights, waveform, device) if adapter else None
+    dit = mi.load_dit(path("dit.safetensors"), device, dtype)
+    if adapter:
+        mi.load_adapter(dit, adapter)
+    decoder = mi.load_decoder(path("decoder.safetensors"), device, dtype)
+
+    paths = []
+    for seed in seeds:
+        shape = 1, len(natural.mean), (frames - 1) // 6 + 1, height // 8, width // 8
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+        with torch.inference_mode():
+            z = mi.sample(dit, noise, text, null, audio, sigmas=sigmas, cfg=cfg, music_cfg=music_cfg, skip=tuple(skip),
+                          skip_scale=skip_scale, progress=lambda s: tqdm(s, f"seed {seed}", unit="step"))  # fmt: skip
+            video = decoder(mi.to_vae_space(z, natural.mean, natural.std))[0]
+        paths.append(free_name(out, f"{stem}-{seed}"))
+        mi.save_video(paths[-1], video, natural.fps, song, start, speed)
+        recipe = {
+            "song": song, "prompt": prompt, "negative": negative, "seed": seed, "weights": weights,
+            "adapter": adapter or "none", "frames": frames, "size": [height, width], "steps": steps, "cfg": cfg,
+            "music_cfg": music_cfg, "skip": list(skip), "skip_scale": skip_scale, "start": start, "speed": speed,
+            "device": str(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+        }  # fmt: skip
+        mi.save_json(paths[-1][: -len(".mp4")] + ".json", recipe)
+        print(paths[-1])
+    print(f"{time.time() - began:.1f} s, peak memory {peak_memory(device):.2f} GB")
+    return paths
+
+
+def height_by_width(text):
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, such as 480x848")
+    return int(match[1]), int(match[2])
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A song and a prompt in, a dancing video out.")
+    add = parser.add_argument
+    add("song", help="any audio or video file")
+    add("prompt", help='such as "a dog dancing"')
+    add("--weights", help="folder; default: weights/ if it holds a model, else tiny/")
+    add("--adapter", help="a file, or none; default: the folder's musicinfuser.safetensors")
+    add("--frames", type=int, help="6k + 1; default: the model's own, as for all that follow (Mochi: 73)")
+    add("--size", type=height_by_width, metavar="HxW", help="multiples of 16 (Mochi: 480x848)")
+    add("--steps", type=int, help="of the ODE solver (Mochi: 64)")
+    add("--cfg", type=float, help="guidance scale of the text (Mochi: 6)")
+    add("--music-cfg", type=float, help="guidance scale of the music (Mochi: 0)")
+    add("--skip", type=int, nargs="+", default=(), metavar="LAYER", help="layer-skip guidance: leave these out")
+    add("--skip-scale", type=float, default=1.0, help="... with this scale (default 1)")
+    add("--negative", default="", help="prompt to guide away from")
+    add("--seed", type=int, nargs="+", default=[0], help="one video for each")
+    add("--start", type=float, default=0.0, help="place in the song, in its own seconds")
+    add("--speed", type=float, default=1.0, help="1.25 plays the song faster, pitch rising")
+    add("--out", default="outputs", help="a folder, or an .mp4 (default outputs/)")
+    add("--device", help="cuda, cpu, ...; default: cuda if there is one")
+    add("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, else float32")
+    options = vars(parser.parse_args())
+    options["seeds"] = options.pop("seed")
+    generate(options.pop("song"), options.pop("prompt"), **options)
+
+
+if __name__ == "__main__":
+    mi.main(main)
