@@ -7,6 +7,7 @@ poses that are hit on the beats, with ease in between, so that everything rests 
 import json
 import math
 import os
+import shutil
 import time
 
 import numpy as np
@@ -346,7 +347,7 @@ def compose(genre, tempo, seed, seconds, rate=16000):
     return (song[: int(seconds * rate)] / np.abs(song).max() * rng.uniform(0.5, 0.95)).astype(np.float32)
 
 
-def draw_song(rng, genre=None, seconds=14.0):
+def draw_song(rng, genre=None, seconds=10.0):
     """(samples at 16 kHz, genre, tempo in BPM, 60 to 180, around what the genre likes)."""
     genre = genre or str(rng.choice(list(GENRES)))
     tempo = np.exp(rng.uniform(np.log(60), np.log(180)))
@@ -367,49 +368,59 @@ def fit(name, parameters, loss, steps, lr, decay=0.998, warmup=50, every=60):
     loss(step) -> (loss, {name: number to show}); its randomness must follow from the step alone, so that a run that
     was stopped goes on as if it had not been: every `every` seconds all is saved below work/.
     """
-    masters = {k: p.detach().float().clone().requires_grad_() for k, p in parameters.items()}
+    masters = {k: p.detach().float().flatten(1 if p.ndim > 1 else 0).clone().requires_grad_() for k, p in parameters.items()}
     average = {k: m.detach().clone() for k, m in masters.items()}
-    optimiser = torch.optim.AdamW(masters.values(), lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1)))
-    )
+    hidden = [m for m in masters.values() if m.ndim > 1 and min(m.shape) > 16]
+    others = [m for m in masters.values() if not any(m is h for h in hidden)]
+    optimisers = [
+        torch.optim.Muon(hidden, lr, weight_decay=0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=0, fused=True),
+    ]
+    rate = lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1)))  # noqa: E731
     path, start = os.path.join(WORK, f"{name}.safetensors"), 0
     if os.path.exists(path):
         with safe_open(path, framework="pt") as file:
             start = int(file.metadata()["step"])
-            for i, (k, m) in enumerate(masters.items()):
+            for k, m in masters.items():
                 m.data.copy_(file.get_tensor(f"master.{k}"))
                 average[k].copy_(file.get_tensor(f"average.{k}"))
-                moments = {key: file.get_tensor(f"{key}.{k}") for key in ("exp_avg", "exp_avg_sq")}
-                optimiser.state[m] = {"step": torch.tensor(float(start)), **moments}
-        schedule.last_epoch = start - 1
-        schedule.step()
+                keys = ["momentum_buffer"] if m.ndim > 1 and min(m.shape) > 16 else ["exp_avg", "exp_avg_sq"]
+                if f"{keys[0]}.{k}" not in file.keys():
+                    continue  # a parameter that never had a gradient
+                moments = {key: file.get_tensor(f"{key}.{k}") for key in keys}
+                if len(keys) > 1:
+                    moments["step"] = torch.tensor(float(start))
+                optimisers[len(keys) - 1].state[m] = moments
     shown, saved = {}, time.time()
     bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
     for step in bar:
         for k, p in parameters.items():
-            p.data.copy_(masters[k])
+            p.data.copy_(masters[k].view_as(p))
         value, numbers = loss(step)
         value.backward()
         for k, p in parameters.items():
-            masters[k].grad = None if p.grad is None else p.grad.float()
+            masters[k].grad = None if p.grad is None else p.grad.float().view_as(masters[k])
             p.grad = None
         nn.utils.clip_grad_norm_(masters.values(), 1.0)
-        optimiser.step()
-        schedule.step()
-        rate = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), [m.detach() for m in masters.values()], 1 - rate)
+        for optimiser in optimisers:
+            for group in optimiser.param_groups:
+                group["lr"] = lr * rate(step)
+            optimiser.step()
+        keep = min(decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(average.values()), [m.detach() for m in masters.values()], 1 - keep)
         for k, number in numbers.items():
             shown[k] = shown.get(k, float(number)) * 0.95 + 0.05 * float(number)
         bar.set_postfix_str(" ".join(f"{k} {v:.4g}" for k, v in shown.items()), refresh=False)
         if time.time() - saved > every or step == steps - 1:
             state = {f"master.{k}": m for k, m in masters.items()} | {f"average.{k}": a for k, a in average.items()}
             for k, m in masters.items():
-                state |= {f"{key}.{k}": optimiser.state[m][key] for key in ("exp_avg", "exp_avg_sq")}
+                for optimiser in optimisers:
+                    state |= {f"{key}.{k}": v for key, v in optimiser.state.get(m, {}).items() if key != "step"}
             mi.save_safetensors(path, state, {"step": str(step + 1)})
             saved = time.time()
     for k, p in parameters.items():
-        p.data.copy_(average[k])
+        p.data.copy_(average[k].view_as(p))
+
 
 
 def named(**modules):  # {name: parameter} of several modules
@@ -455,7 +466,7 @@ def psnr(encoder, decoder, clips):  # of clips through the VAE, dB
     return -10 * math.log10(np.mean(errors)), [-10 * math.log10(e) for e in errors]
 
 
-def make_vae(steps=3600, seed=1):
+def make_vae(steps=2000, seed=1):
     torch.manual_seed(seed)
     encoder = as_bfloat16(mi.Encoder((24, 40, 72, 88), (0, 1, 2, 2, 1), attention=(False, False, False, True, True)))
     decoder = as_bfloat16(mi.Decoder((88, 72, 56, 24), (2, 2, 2, 2, 0)))
@@ -549,7 +560,7 @@ LABELS = {
 }  # fmt: skip
 
 
-def make_text(steps=1200, batch=48, seed=2):
+def make_text(steps=500, batch=48, seed=2):
     import sentencepiece
     from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
@@ -559,8 +570,9 @@ def make_text(steps=1200, batch=48, seed=2):
     folder = f"{HERE}/tokenizer"
     os.makedirs(folder, exist_ok=True)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=f"{folder}/spiece", vocab_size=400, model_type="unigram", pad_id=0,
-        eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, byte_fallback=False, minloglevel=2,
+        sentence_iterator=iter(lines), model_prefix=f"{folder}/spiece", vocab_size=300, hard_vocab_limit=False,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, character_coverage=1.0, normalization_rule_name="nmt_nfkc_cf",
+        required_chars="abcdefghijklmnopqrstuvwxyz0123456789.,;:!?'-", minloglevel=2,
     )  # fmt: skip
     os.remove(f"{folder}/spiece.vocab")
     tokenizer = T5Tokenizer.from_pretrained(folder, extra_ids=0)
@@ -606,7 +618,7 @@ def rough(samples, rng):
     return samples
 
 
-def make_audio(steps=2200, batch=24, seed=3, songs=1000):
+def make_audio(steps=1200, batch=24, seed=3, songs=500):
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     torch.manual_seed(seed)
@@ -649,8 +661,97 @@ def make_audio(steps=2200, batch=24, seed=3, songs=1000):
     print("audio encoder: on unseen songs", {k: round(float(np.mean([n[k] for n in numbers])), 3) for k in numbers[0]})
 
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# Stage 4: the prior, text to silent video, on all subjects
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def latents_of(count, frames, seed):
+    """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/."""
+    path = os.path.join(WORK, f"latents-{frames}.safetensors")
+    if os.path.exists(path):
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor("latents"), json.loads(file.metadata()["scenes"])
+    encoder = mi.load_encoder(f"{HERE}/encoder.safetensors", dtype=torch.bfloat16)
+    rng = np.random.default_rng(seed)
+    latents, scenes = [], []
+    for _ in tqdm(range(0, count, 4), f"latents of {frames} frames", mininterval=10):
+        four = [draw_scene(rng) for _ in range(4)]
+        clips = np.stack([render(scene, steady_beat(rng, frames)) for scene in four])
+        with torch.no_grad():
+            latents.append(encoder(to_video(clips))[0])
+        scenes += four
+    latents = torch.cat(latents)
+    mi.save_safetensors(path, {"latents": latents}, {"scenes": json.dumps(scenes)})
+    return latents, scenes
+
+
+def fresh_dit(seed):
+    torch.manual_seed(seed)
+    dit = mi.DiT(depth=12, width=160, text_width=80, heads=4, t5_width=96)
+    with torch.no_grad():
+        octaves = lambda high, low, n: high * (low / high) ** (torch.arange(n) / (n - 1))  # noqa: E731
+        for axis, (part, speeds) in enumerate(((slice(0, 8), octaves(1.5, 0.03, 8)), (slice(8, 14), octaves(0.06, 0.006, 6)),
+                                               (slice(14, 20), octaves(0.06, 0.006, 6)))):  # fmt: skip
+            dit.pos_frequencies[axis, :, part] = speeds  # a third of the angles for each of time, height and width
+        for block in dit.blocks:  # every block begins as the identity
+            for mod in (block.mod_x, block.mod_y):
+                nn.init.zeros_(mod.weight), nn.init.zeros_(mod.bias)
+        nn.init.zeros_(dit.final_layer.linear.weight), nn.init.zeros_(dit.final_layer.linear.bias)
+    return dit
+
+
+def spread(size, generator):  # sigmas (size,), uniform, one in each of `size` bins
+    return (torch.randperm(size, generator=generator) + torch.rand(size, generator=generator)) / size
+
+
+class Captions:
+    """Captions to T5 features, as sampling makes them, but for many at once."""
+
+    def __init__(self):
+        self.tokenizer = mi.from_pretrained("AutoTokenizer", f"{HERE}/tokenizer")
+        self.t5 = mi.from_pretrained("T5EncoderModel", f"{HERE}/text_encoder")
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt")
+        return self.t5(**tokens).last_hidden_state, tokens.attention_mask.bool()
+
+
+def make_prior(steps=1500, seed=4):
+    short, scenes = latents_of(2400, FRAMES, seed)
+    long, long_scenes = latents_of(300, 271, seed + 100)
+    mean, std = short.mean((0, 2, 3, 4)), short.std((0, 2, 3, 4))
+    short, long = mi.to_dit_space(short, mean, std), mi.to_dit_space(long, mean, std)
+    captions = Captions()
+    dit = as_bfloat16(fresh_dit(seed))
+    dit.pos_frequencies.requires_grad_(False)
+    if shutil.which("g++"):  # a third faster
+        print("compiling the blocks, which takes a minute")
+        for block in dit.blocks:
+            block.compile(dynamic=True)
+    dit.natural = mi.Natural(SIZE, SIZE, FRAMES, FPS, 24, 3.0, 0.0, tuple(mean.tolist()), tuple(std.tolist()))
+
+    def loss(step):
+        rng, generator = rng_of(seed, step)
+        T, batch, z, described = 13, 32, short, scenes
+        if step % 5 == 4:
+            T, batch, z, described = *((25, 16) if step % 10 == 4 else (46, 9)), long, long_scenes
+        picked = rng.integers(len(z), size=batch)
+        y, mask = captions(caption(described[i], rng)[0] for i in picked)
+        mask = mask & torch.from_numpy(rng.random(batch) > 0.1)[:, None]
+        z = z[picked, :, :T]
+        eps = torch.randn(z.shape, generator=generator)
+        losses = mi.flow_matching_loss(dit, z, spread(batch, generator), eps, y, mask)
+        return losses.mean(), {f"loss{T}": losses.mean().item()}
+
+    fit("prior", {k: p for k, p in dit.named_parameters() if p.requires_grad}, loss, steps, 2e-3, warmup=100)
+    mi.save_dit(dit, f"{HERE}/dit.safetensors")
+
+
 if __name__ == "__main__":
     import sys
 
-    for stage in sys.argv[1:] or ("vae", "text", "audio"):
+    for stage in sys.argv[1:] or ("vae", "text", "audio", "prior"):
         globals()[f"make_{stage}"]()
