@@ -702,16 +702,38 @@ class ZICA(nn.Module):
         return x + self.to_out(o.transpose(1, 2).flatten(2))
 
 
+class FeatureAddition(nn.Module):
+    """The ablation of Table 1: each visual token gets its own frame's audio token, through a Linear."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.to_out = Linear(width, width)
+
+    def forward(self, x, audio, window=None):  # as ZICA's
+        return x + self.to_out(audio).repeat_interleave(x.shape[1] // audio.shape[1], 1)
+
+
+def choose_layers(choice, depth, count=None):
+    """The paper's other choices of `count` layers, by default a third: even, first, middle, last; and all."""
+    count = depth if choice == "all" else count or round(depth / 3)
+    start = {"all": 0, "first": 0, "middle": (depth - count) // 2, "last": depth - count}
+    if choice == "even":
+        return [round((i + 0.5) * depth / count - 0.5) for i in range(count)]
+    return list(range(start[choice], start[choice] + count))
+
+
 def attach(dit, layers, audio_width, heads, window):
-    """The audio projector, and ZICA after those layers, in place of any that were there."""
+    """The audio projector, and ZICA after those layers, in place of any that were there; heads=0: FeatureAddition."""
     layers = [int(layer) for layer in layers]
     if not layers or len(set(layers)) < len(layers) or min(layers) < 0 or max(layers) >= len(dit.blocks):
         raise InputError(f"layers must be different numbers from 0 to {len(dit.blocks) - 1}, not {layers}")
-    if dit.width % heads:
+    if heads and dit.width % heads:
         raise InputError(f"{heads} audio heads do not divide the model's width of {dit.width}")
     dit.audio_layers, dit.window = sorted(layers), window
     dit.audio_projection = AudioProjection(audio_width, dit.width)
-    dit.audio_cross_attn_blocks = nn.ModuleList([ZICA(dit.width, heads) for _ in layers])
+    dit.audio_cross_attn_blocks = nn.ModuleList(
+        [ZICA(dit.width, heads) if heads else FeatureAddition(dit.width) for _ in layers]
+    )
 
 
 def lora_linears(dit):  # {name: module}: the attention's four projections in every block
@@ -729,7 +751,8 @@ def infuse(dit, layers, rank=64, window=None, alpha=None, heads=8, audio_width=7
 
     layers: ZICA follows these blocks. rank: of the LoRA on every attention projection, 0 for none; its scale is
     alpha / rank, 1 by default. window: latent frames either side that a frame hears, None for all (the paper's).
-    zero_init=False leaves W_O and B at random (the paper's ablation). The adapter is float32 and trainable.
+    heads=0 adds features instead of attending, zero_init=False leaves W_O and B at random (the paper's ablations).
+    The adapter is float32 and trainable.
     """
     dit.requires_grad_(False)
     with dit.pos_frequencies.device:
@@ -762,7 +785,7 @@ def save_adapter(dit, path, dtype=None):
         rank = 0 if linear.lora_A is None else len(linear.lora_A)
         kwargs |= {f"{kind}_proj_lora_rank": rank, f"{kind}_proj_lora_alpha": linear.alpha}
         kwargs[f"{kind}_proj_lora_dropout"] = 0.0
-    ours = {"layers": dit.audio_layers, "heads": dit.audio_cross_attn_blocks[0].heads, "window": dit.window}
+    ours = {"layers": dit.audio_layers, "heads": getattr(dit.audio_cross_attn_blocks[0], "heads", 0), "window": dit.window}
     save_safetensors(path, tensors, {"kwargs": json.dumps(kwargs), "musicinfuser": json.dumps(ours)})
 
 
@@ -893,14 +916,19 @@ def encode_text(weights, prompts, device="cpu", dtype=torch.float32):
     return features
 
 
-@torch.no_grad()
-def encode_audio(weights, waveform, device="cpu"):
-    """waveform (samples,) at 16 kHz -> (1, A, D_audio) float32, about 50 tokens a second, by weights/audio_encoder."""
-    folder = os.path.join(weights, "audio_encoder")
-    prepare = from_pretrained("Wav2Vec2FeatureExtractor", folder)  # zero mean, unit variance
-    wav2vec = from_pretrained("Wav2Vec2Model", folder, use_safetensors=True).to(device).eval()
-    values = prepare(waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
-    return wav2vec(values.to(device)).last_hidden_state
+class AudioEncoder:
+    """weights/audio_encoder, a Wav2Vec 2.0: waveform (samples,) at 16 kHz -> (1, A, D_audio) float32, about 50 tokens
+    a second."""
+
+    def __init__(self, weights, device="cpu"):
+        folder = os.path.join(weights, "audio_encoder")
+        self.prepare = from_pretrained("Wav2Vec2FeatureExtractor", folder)  # zero mean, unit variance
+        self.wav2vec = from_pretrained("Wav2Vec2Model", folder, use_safetensors=True).to(device).eval()
+
+    @torch.no_grad()
+    def __call__(self, waveform):
+        values = self.prepare(waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt").input_values
+        return self.wav2vec(values.to(self.wav2vec.device)).last_hidden_state
 
 
 def audio_seconds(frames, fps=30):
@@ -950,6 +978,29 @@ def music_window(path, frames, fps=30, start=0.0, speed=1.0):
     waveform = load_audio(path, start, seconds, speed)
     length = math.ceil(seconds * SAMPLE_RATE)
     return F.pad(waveform, (0, length - len(waveform))), len(waveform) / SAMPLE_RATE
+
+
+def count_frames(path, fps=30):
+    """How many frames a video has at `fps`, without decoding it. Raises InputError."""
+    try:
+        return round(count_frames_and_secs(path)[1] * fps)
+    except RuntimeError as error:
+        raise InputError(f"{path} cannot be read as video") from error
+
+
+def read_frames(path, height, width, fps=30, crop=None):
+    """Yield a video's frames, uint8 (height, width, 3), at `fps`; the middle at that aspect ratio, after `crop`, if
+    given: (x, y, width, height) as fractions of the frame. Raises InputError."""
+    x, y, w, h = crop or (0, 0, 1, 1)
+    filters = f"fps={fps},crop=iw*{w}:ih*{h}:iw*{x}:ih*{y},crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
+    command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-vf",
+               f"{filters},scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]  # fmt: skip
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        while len(frame := run.stdout.read(height * width * 3)) == height * width * 3:
+            yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+        if run.wait():
+            lines = run.stderr.read().decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
+            raise InputError(f"{path} cannot be read as video ({lines[-1]})")
 
 
 def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):

@@ -124,7 +124,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
         print(f"the song ends after {heard:.1f} s of the video; silence follows")
 
     text, null = mi.encode_text(weights, [prompt, negative], device, dtype)
-    audio = mi.encode_audio(weights, waveform, device) if adapter else None
+    audio = mi.AudioEncoder(weights, device)(waveform) if adapter else None
     dit = mi.load_dit(path("dit.safetensors"), device, dtype)
     if adapter:
         mi.load_adapter(dit, adapter)

@@ -1,0 +1,726 @@
+"""First the command line as a user runs it, then every formula against official outputs, diffusers or a second way.
+
+Everything is made here, small and at random: nothing is fetched, and no trained weights are needed.
+"""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import wave
+
+import imageio
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from imageio_ffmpeg import get_ffmpeg_exe
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import musicinfuser as mi
+import sample
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+GOLDEN = os.path.join(HERE, "eval", "golden.safetensors")
+PROMPT = "a dog dancing in the park"
+
+
+def randomize(module, seed=0):
+    """Every parameter at random, also the norms and what starts at zero, so that no term can hide."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(module.named_parameters()):
+        w = torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else math.prod(p.shape[1:]) ** -0.5)
+        p.data.copy_(1 + w if p.ndim == 1 and name.endswith("weight") else w)
+    return module
+
+
+def small_dit(depth=3, seed=0, **sizes):
+    return randomize(mi.DiT(depth, 32, 16, 2, 16, **sizes), seed)
+
+
+def inputs(seed=0, t=3, h=4, w=6, audio_width=24):
+    """(x, sigma, y_feat, y_mask), audio; the two texts have 4 and 2 of 5 tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
+    mask = torch.arange(5) < torch.tensor([[4], [2]])
+    return (randn(2, 12, t, h, w), torch.tensor([0.9, 0.3]), randn(2, 5, 16), mask), randn(2, 13, audio_width)
+
+
+def close(a, b, tolerance):
+    assert a.shape == b.shape
+    assert (a - b).abs().max() < tolerance
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The command line
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A weights folder of the smallest sizes: 32x32, 7 frames, 2 steps; the tokenizer's files are those of Mochi."""
+    import sentencepiece
+    from transformers import T5Config, T5EncoderModel, Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
+
+    folder = tmp_path_factory.mktemp("weights")
+    dit = small_dit()
+    dit.natural = mi.Natural(height=32, width=32, frames=7, steps=2, cfg=3.0)
+    mi.save_dit(dit, folder / "dit.safetensors")
+    mi.infuse(dit, [0, 2], rank=2, audio_width=16, zero_init=False)
+    mi.save_adapter(dit, folder / "musicinfuser.safetensors")
+    for name, part in (("encoder", mi.Encoder((8,) * 4, (1,) * 5)), ("decoder", mi.Decoder((8,) * 4, (1,) * 5))):
+        mi.save_safetensors(folder / f"{name}.safetensors", randomize(part).state_dict())
+
+    (folder / "tokenizer").mkdir()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([PROMPT, "the person dances on a stage"] * 20), vocab_size=40, hard_vocab_limit=False,
+        model_prefix=folder / "tokenizer" / "spiece", pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer" / "spiece.vocab").unlink()
+    mi.save_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    randomize(t5).save_pretrained(folder / "text_encoder")
+    wav2vec = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                             conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
+    Wav2Vec2Model(wav2vec).save_pretrained(folder / "audio_encoder")
+    Wav2Vec2FeatureExtractor().save_pretrained(folder / "audio_encoder")
+    return folder
+
+
+def write_wav(path, *channels, rate=44100):
+    samples = (np.stack(channels, 1) * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(len(channels)), file.setsampwidth(2), file.setframerate(rate)
+        file.writeframes(samples.tobytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def song(tmp_path_factory):
+    """3 s, stereo, sound on the left only: 400 Hz for a second, then 1000 Hz."""
+    t = np.arange(3 * 44100) / 44100
+    left = 0.5 * np.sin(2 * np.pi * np.where(t < 1, 400, 1000) * t)
+    return write_wav(tmp_path_factory.mktemp("songs") / "song.wav", left, 0 * left)
+
+
+def command(*arguments):
+    line = [sys.executable, os.path.join(HERE, "sample.py"), "--device", "cpu", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True)
+
+
+@pytest.fixture
+def run(weights, tmp_path, monkeypatch, capsys):
+    """sample.py in this process, which saves the imports: run(*arguments) -> (error line or "", standard output)."""
+
+    def run(*arguments):
+        settings = ["--device", "cpu", "--weights", weights, "--out", tmp_path / "out", *arguments]
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, settings)])
+        error = ""
+        try:
+            mi.main(sample.main)
+        except SystemExit as stop:
+            error = stop.code
+        return error, capsys.readouterr().out
+
+    return run
+
+
+def watch(path):
+    """frames (T, H, W, 3), frames a second, sound at 44100 Hz (the mean of the channels), all as decoded."""
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        fps, frames = reader.get_meta_data()["fps"], np.stack(list(reader))
+    line = [get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:a", "-f", "f32le", "-ar", "44100", "-"]
+    sound = np.frombuffer(subprocess.run(line, capture_output=True, check=True).stdout, "<f4")
+    return frames, fps, sound.reshape(-1, 2).mean(1)
+
+
+def pitch(samples, rate):
+    spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
+    return spectrum.argmax() * rate / len(samples)
+
+
+def only(folder, ending=".mp4"):
+    (path,) = folder.glob("*" + ending)
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(weights, song, tmp_path_factory):
+    """What `python sample.py` did with two seeds: its result and its folder."""
+    out = tmp_path_factory.mktemp("made")
+    return command(song, PROMPT, "--seed", 0, 1, "--weights", weights, "--out", out), out
+
+
+def test_command_line_writes_a_video_and_its_recipe_for_each_seed(made, weights, song):
+    result, out = made
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"weights  {weights}")
+    stem = "song-a-dog-dancing-in-the-park"
+    assert sorted(os.listdir(out)) == [f"{stem}-{seed}.{kind}" for seed in (0, 1) for kind in ("json", "mp4")]
+    recipe = json.loads((out / f"{stem}-1.json").read_text())
+    wanted = {"song": str(song), "prompt": PROMPT, "seed": 1, "frames": 7, "size": [32, 32], "steps": 2, "cfg": 3.0}
+    assert wanted.items() <= recipe.items()
+
+
+def test_picture_and_sound_fit_and_seeds_differ(made):
+    videos = [watch(path) for path in sorted(made[1].glob("*.mp4"))]
+    for frames, fps, sound in videos:
+        assert frames.shape == (7, 32, 32, 3) and fps == 30
+        assert abs(len(sound) / 44100 - 7 / 30) <= 1024 / 44100  # one AAC frame
+    assert np.abs(videos[0][0].astype(int) - videos[1][0]).mean() > 1
+
+
+def test_same_seed_makes_the_same_frames_and_overwrites_nothing(made, run, song):
+    before = {path: path.read_bytes() for path in made[1].iterdir()}
+    error, stdout = run(song, PROMPT, "--out", made[1])
+    assert not error and all(path.read_bytes() == content for path, content in before.items())
+    (new,) = set(made[1].glob("*.mp4")) - set(before)
+    assert str(new) in stdout and new.with_suffix(".json").exists()
+    old = made[1] / new.name.replace("-0-2.mp4", "-0.mp4")
+    assert np.array_equal(watch(new)[0], watch(old)[0])
+
+
+@pytest.mark.parametrize("existing", ["a.mp4", "a.json"])
+def test_out_that_exists_is_left_alone(run, song, tmp_path, existing):
+    (tmp_path / existing).write_text("precious")
+    run(song, PROMPT, "--out", tmp_path / "a.mp4")
+    assert (tmp_path / existing).read_text() == "precious"
+
+
+def test_out_that_exists_is_an_error(run, song, tmp_path):
+    (tmp_path / "a.mp4").write_text("precious")
+    error, _ = run(song, PROMPT, "--out", tmp_path / "a.mp4")
+    assert error.startswith("error: ") and "exists" in error
+
+
+def test_without_adapter_the_music_is_not_heard(made, run, song, tmp_path):
+    assert run(song, PROMPT, "--adapter", "none")[0] == ""
+    assert json.loads(only(tmp_path / "out", ".json").read_text())["adapter"] == "none"
+    heard = next(made[1].glob("*-0.mp4"))
+    assert np.abs(watch(only(tmp_path / "out"))[0].astype(int) - watch(heard)[0]).mean() > 1
+
+
+def test_empty_prompt(run, song, tmp_path):
+    assert run(song, "")[0] == ""
+    assert only(tmp_path / "out").name == "song-empty-0.mp4"
+
+
+def test_145_frames_and_a_song_that_ends_before(run, song, tmp_path):
+    error, stdout = run(song, PROMPT, "--frames", 145, "--size", "16x32")
+    assert not error and "the song ends after 3.0 s of the video; silence follows" in stdout
+    frames, _, sound = watch(only(tmp_path / "out"))
+    assert frames.shape == (145, 16, 32, 3) and abs(len(sound) / 44100 - 145 / 30) <= 1024 / 44100
+    assert np.abs(sound[: 2 * 44100]).max() > 0.1 and np.abs(sound[int(3.1 * 44100) :]).max() < 1e-3
+
+
+@pytest.mark.parametrize("start, speed, hz", [(0, 1, 400), (1, 1, 1000), (1, 1.25, 1250), (1.5, 0.5, 500), (0, 2, 800)])
+def test_start_and_speed_of_the_song_in_the_file(run, song, tmp_path, start, speed, hz):
+    assert run(song, PROMPT, "--start", start, "--speed", speed, "--frames", 13)[0] == ""
+    _, _, sound = watch(only(tmp_path / "out"))
+    assert abs(len(sound) / 44100 - 13 / 30) <= 1024 / 44100
+    assert abs(pitch(sound, 44100) - hz) < 5
+
+
+@pytest.mark.parametrize("name, title", [("Artist: Song.wav", ""), ("song.wav", "my data"), ("歌" * 40 + ".wav", "")])
+def test_songs_of_any_name_and_title(run, song, tmp_path, monkeypatch, name, title):
+    line = [get_ffmpeg_exe(), "-v", "error", "-i", song, "-metadata", f"title={title}", f"file:{tmp_path / name}"]
+    subprocess.run(line, check=True)
+    monkeypatch.chdir(tmp_path)
+    assert run(name, "踊" * 100)[0] == ""  # a file name has at most 255 bytes
+    assert only(tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def bad(weights, tmp_path_factory):
+    """What can be wrong: a text, a video without sound, and weights folders and adapters that do not fit."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "text.txt").write_text("not a song\n" * 100)
+    imageio.mimwrite(folder / "silent.mp4", [np.zeros((32, 32, 3), np.uint8)] * 9, fps=30)
+    for name in ("lacking", "short", "other"):
+        shutil.copytree(weights, folder / name)
+    (folder / "lacking" / "dit.safetensors").unlink()
+    whole = (weights / "dit.safetensors").read_bytes()
+    (folder / "short" / "dit.safetensors").write_bytes(whole[: len(whole) // 2])
+    shutil.copy(weights / "decoder.safetensors", folder / "other" / "dit.safetensors")
+    wide, shallow, deaf = mi.DiT(3, 48, 16, 2, 16), small_dit(depth=2), small_dit()
+    for name, dit, audio_width in (("wide", wide, 16), ("shallow", shallow, 16), ("deaf", deaf, 20)):
+        mi.save_adapter(mi.infuse(dit, [0, 1], rank=2, audio_width=audio_width), folder / f"{name}.safetensors")
+    return folder
+
+
+BAD = [
+    ("{bad}/none.wav", "", "no such file"),
+    ("{bad}/silent.mp4", "", "has no sound"),
+    ("{bad}/text.txt", "", "cannot be read as audio"),
+    ("{song}", "--start 5", "no sound at 5 s"),
+    ("{song}", "--size 32x40", "multiples of 16"),
+    ("{song}", "--frames 8", "7 or 13"),
+    ("{song}", "--frames 0", "1 or 7"),
+    ("{song}", "--steps 1", "2 or more"),
+    ("{song}", "--steps 0", "2 or more"),
+    ("{song}", "--skip 3", "from 0 to 2"),
+    ("{song}", "--seed 0 1 --out {bad}/new.mp4", "one file for 2 seeds"),
+    ("{song}", "--weights {bad}/lacking", "no such file"),
+    ("{song}", "--weights {bad}/short", "not a whole safetensors file"),
+    ("{song}", "--weights {bad}/other", "not a Mochi transformer"),
+    ("{song}", "--adapter {bad}/lacking/decoder.safetensors", "not a MusicInfuser adapter"),
+    ("{song}", "--adapter {bad}/wide.safetensors", "fits"),
+    ("{song}", "--adapter {bad}/shallow.safetensors", "lora_"),
+    ("{song}", "--adapter {bad}/deaf.safetensors", "audio"),
+    ("{song}", "--out {bad}/text.txt/out", "cannot write"),
+    pytest.param("{song}", "--device cuda", "no device cuda",
+                 marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("music, options, words", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(run, bad, song, tmp_path, music, options, words):
+    options = [option.format(bad=bad) for option in options.split()]
+    error, _ = run(music.format(bad=bad, song=song), PROMPT, *options)
+    assert error.startswith("error: ") and words in error and "\n" not in error
+    assert not list(tmp_path.glob("out/*")) and not (bad / "new.mp4").exists()
+
+
+def test_bad_input_on_the_real_command_line(bad, weights, tmp_path):
+    result = command(bad / "text.txt", PROMPT, "--weights", weights, "--out", tmp_path / "out")
+    assert result.returncode != 0
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Against official outputs, for weights that a formula makes
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def formula_weights(shapes):
+    for k, name in enumerate(sorted(shapes)):
+        i = np.arange(math.prod(shapes[name]), dtype=np.float64)
+        u = 43758.5453 * np.sin(12.9898 * i + 78.233 * (k + 1))
+        w = (2 * (u - np.floor(u)) - 1).reshape(shapes[name])
+        if w.ndim == 1:
+            w = 0.3 * w + name.endswith("weight")
+        else:
+            w = w * math.sqrt(3 / math.prod(w.shape[1:]))
+        yield name, torch.from_numpy(w).float()
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """The stored inputs and outputs, and the modules as loaded from files: encoder, decoder, dit, adapted."""
+    folder, stored = tmp_path_factory.mktemp("golden"), load_file(GOLDEN)
+    with safe_open(GOLDEN, "pt") as file:
+        shapes, adapter = (json.loads(file.metadata()[key]) for key in ("shapes", "adapter"))
+    for kind in shapes:
+        metadata = {"kwargs": json.dumps(adapter["kwargs"])} if kind == "adapter" else None
+        save_file(dict(formula_weights(shapes[kind])), folder / f"{kind}.safetensors", metadata)
+    stored["encoder"] = mi.load_encoder(folder / "encoder.safetensors")
+    stored["decoder"] = mi.load_decoder(folder / "decoder.safetensors")
+    stored["dit"], adapted = (mi.load_dit(folder / "dit.safetensors") for _ in range(2))
+    stored["adapted"] = mi.load_adapter(adapted, folder / "adapter.safetensors", adapter["layers"])
+    return stored
+
+
+@pytest.mark.parametrize("out, skip", [("base", ()), ("skip_1", (1,)), ("adapted", ())])
+def test_transformer_is_the_official_one(golden, out, skip):
+    dit, audio = (golden["adapted"], golden["in.audio"]) if out == "adapted" else (golden["dit"], None)
+    v = dit(*(golden[f"in.{name}"] for name in ("x", "sigma", "y_feat", "y_mask")), audio, skip)
+    close(v, golden[f"out.{out}"], 3e-4)
+
+
+def test_sampler_is_the_official_one(golden):
+    text, null = ((golden["in.y_feat"][i : i + 1], golden["in.y_mask"][i : i + 1]) for i in (0, 1))
+    sigmas = mi.linear_quadratic_schedule(4)
+    z = mi.sample(golden["adapted"], golden["in.x"][:1], text, null, golden["in.audio"], sigmas=sigmas, cfg=6.0)
+    close(z, golden["out.sampled"], 2e-3)
+
+
+def test_vae_is_the_official_one(golden):
+    mean, logvar = golden["encoder"](golden["in.video"])
+    close(mean, golden["out.mean"], 5e-4)
+    close(logvar, golden["out.logvar"], 5e-4)
+    close(golden["decoder"](golden["in.latents"]), golden["out.decoded"], 5e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5])
+def test_decoding_in_pieces_changes_nothing(golden, chunk):
+    latents = torch.randn(1, 12, 5, 2, 4, generator=torch.Generator().manual_seed(0))
+    whole = golden["decoder"](latents, chunk=99)
+    assert whole.shape == (1, 3, 25, 16, 32)
+    close(golden["decoder"](latents, chunk=chunk), whole, 1e-5)
+    close(golden["decoder"](latents[:, :, :1]), whole[:, :, :1], 1e-5)  # the first frame is the first latent's alone
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Against diffusers, on the same random weights
+# ------------------------------------------------------------------------------------------------------------------
+
+DIT_NAMES = [
+    ("x_embedder", "patch_embed"), ("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
+    ("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"), ("t5_y_embedder", "time_embed.pooler"),
+    ("t5_yproj", "time_embed.caption_proj"), ("final_layer.linear", "proj_out"), ("final_layer.mod", "norm_out.linear"),
+    ("blocks.", "transformer_blocks."), ("mod_x", "norm1.linear"), ("mod_y", "norm1_context.linear"),
+    ("attn.", "attn1."), ("q_norm_x", "norm_q"), ("k_norm_x", "norm_k"), ("q_norm_y", "norm_added_q"),
+    ("k_norm_y", "norm_added_k"), ("proj_x", "to_out.0"), ("proj_y", "to_add_out"), ("mlp_x.w1", "ff.net.0.proj"),
+    ("mlp_x.w2", "ff.net.2"), ("mlp_y.w1", "ff_context.net.0.proj"), ("mlp_y.w2", "ff_context.net.2"),
+]  # fmt: skip
+THIRDS = {"qkv_x": ("to_q", "to_k", "to_v"), "qkv_y": ("add_q_proj", "add_k_proj", "add_v_proj"),
+          "qkv": ("to_q", "to_k", "to_v")}  # fmt: skip
+
+
+def to_diffusers(state, names):
+    """diffusers has q, k and v apart, and both the feed-forward's gate and the final shift in the second half."""
+    for name, w in state.items():
+        if ".w1." in name or "final_layer.mod" in name:
+            w = w.roll(len(w) // 2, 0)
+        for ours, theirs in names:
+            name = name.replace(ours, theirs)
+        fused = next((part for part in name.split(".") if part in THIRDS), None)
+        for i, third in enumerate(w.chunk(3)) if fused else ():
+            yield name.replace(fused, THIRDS[fused][i]), third
+        if not fused:
+            yield name, w
+
+
+@pytest.mark.parametrize("seed, t, h, w", [(1, 3, 4, 6), (2, 1, 8, 2)])
+def test_transformer_is_that_of_diffusers(seed, t, h, w):
+    diffusers = pytest.importorskip("diffusers")
+    ours = small_dit(seed=seed, hidden_x=85, hidden_y=42).requires_grad_(False)  # diffusers does not round these
+    theirs = diffusers.MochiTransformer3DModel(num_layers=3, num_attention_heads=2, attention_head_dim=16,
+                                               pooled_projection_dim=16, text_embed_dim=16)  # fmt: skip
+    last = ("blocks.2.norm1_context.linear", "blocks.2.norm1_context.linear_1")
+    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), [*DIT_NAMES, last])))
+    (x, sigma, y_feat, y_mask), _ = inputs(seed, t, h, w)
+    wanted = theirs.requires_grad_(False)(x, y_feat, 1000 * (1 - sigma), y_mask, return_dict=False)[0]
+    close(ours(x, sigma, y_feat, y_mask), wanted, 1e-4)
+    cut = ours(x[1:], sigma[1:], y_feat[1:, :2], y_mask[1:, :2])  # padding changes nothing
+    close(cut, wanted[1:], 1e-4)
+
+
+def encoder_names(downs):
+    """The residual blocks of genmo's encoder, and of diffusers', which keeps the attentions in lists of their own."""
+    places = [("layers.1.", "block_in.", 0)]
+    places += [(f"layers.{2 + i}.layers.{1 + j}.", f"down_blocks.{i}.", j) for i, n in enumerate(downs) for j in range(n)]
+    for ours, theirs, j in [*places, (f"layers.{2 + len(downs)}.", "block_out.", 0)]:
+        parts = [("stack.0", "norm1.norm_layer"), ("stack.2", "conv1.conv"), ("stack.3", "norm2.norm_layer")]
+        yield from ((ours + a, f"{theirs}resnets.{j}.{b}") for a, b in [*parts, ("stack.5", "conv2.conv")])
+        yield ours + "attn_block.norm", f"{theirs}norms.{j}.norm_layer"
+        yield ours + "attn_block.attn.out", f"{theirs}attentions.{j}.to_out.0"
+        yield ours + "attn_block.attn", f"{theirs}attentions.{j}"
+    yield from ((f"layers.{2 + i}.layers.0", f"down_blocks.{i}.conv_in.conv") for i in range(len(downs)))
+    yield from [("layers.0", "proj_in"), ("output_norm", "norm_out.norm_layer"), ("output_proj", "proj_out")]
+
+
+@pytest.mark.parametrize("seed, frames, downs", [(1, 13, (1, 2, 1)), (2, 1, (1, 1, 1))])
+def test_encoder_is_that_of_diffusers(seed, frames, downs):
+    pytest.importorskip("diffusers")
+    from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiEncoder3D
+
+    sizes = (32, 64, 96, 64), (1, *downs, 1)
+    ours = randomize(mi.Encoder(*sizes), seed).requires_grad_(False)
+    theirs = MochiEncoder3D(15, 12, *sizes).requires_grad_(False)
+    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), list(encoder_names(downs)))))
+    video = torch.rand(1, 3, frames, 16, 24, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    close(torch.cat(ours(video), 1), theirs(video)[0], 1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The formulas, written a second time
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [None, 0, 1])
+def test_zica_is_equation_6(window):
+    zica = randomize(mi.ZICA(32, heads=8), seed=3).requires_grad_(False)
+    x, music = torch.randn(2, 4 * 6, 32), torch.randn(1, 4, 32)  # four latent frames of six tokens
+    q, k, v = zica.to_q(x), zica.to_k(music), zica.to_v(music)
+    heard = torch.zeros_like(x)
+    for token in range(24):
+        frames = [t for t in range(4) if window is None or abs(t - token // 6) <= window]
+        for head in (slice(4 * h, 4 * h + 4) for h in range(8)):
+            weight = (k[0, frames, head] @ q[:, token, head].T / math.sqrt(4)).softmax(0)  # (frames, B)
+            heard[:, token, head] = weight.T @ v[0, frames, head]
+    close(zica(x, music, window), x + heard @ zica.to_out.weight.T + zica.to_out.bias, 1e-5)
+
+
+@pytest.mark.parametrize("tokens, frames", [(31, 3), (27, 4), (125, 13), (3, 5), (4, 4)])
+def test_music_is_resized_to_the_nearest_token(tokens, frames):
+    project = randomize(mi.AudioProjection(24, 32)).requires_grad_(False)
+    audio = torch.randn(2, tokens, 24)
+    first, _, second = project.projection
+    wanted = F.linear(F.silu(F.linear(audio, first.weight, first.bias)), second.weight, second.bias)
+    close(project(audio, frames), wanted[:, [i * tokens // frames for i in range(frames)]], 1e-6)
+
+
+def test_lora_is_scaled_by_alpha_over_rank():
+    linear = mi.LoRALinear(6, 9)
+    mi.attach_lora(linear, rank=3, alpha=5)
+    randomize(linear).requires_grad_(False)
+    x = torch.randn(4, 6)
+    wanted = x @ linear.weight.T + linear.bias + 5 / 3 * (x @ linear.lora_A.T) @ linear.lora_B.T
+    close(linear(x), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("step, b", [(0, 3), (200, 2), (400, 1.5), (100_000, 1)])
+def test_beta_uniform_is_a_beta_distribution(step, b):
+    n = 20_000
+    sigma = mi.beta_uniform(step, n, generator=torch.Generator().manual_seed(step)).double().sort().values
+    assert sigma.shape == (n,) and 0 <= sigma[0] and sigma[-1] <= 1
+    distance = (1 - (1 - sigma) ** b - (torch.arange(n) + 0.5) / n).abs().max()  # Kolmogorov and Smirnov's
+    assert distance < 1.95 / math.sqrt(n)  # exceeded by chance once in a thousand
+
+
+def test_beta_uniform_halves_and_is_seeded():
+    draw = lambda *args, **kwargs: mi.beta_uniform(*args, **kwargs, generator=torch.Generator().manual_seed(1))  # noqa
+    assert torch.equal(draw(50, 9, half_life=50), draw(200, 9)) and torch.equal(draw(200, 9), draw(0, 9, beta=2))
+    assert torch.equal(draw(0, 9, beta=1), draw(700, 9, beta=1))  # uniform throughout
+    assert not torch.equal(draw(0, 9), draw(200, 9))
+
+
+def test_schedule_of_four_steps():
+    close(mi.linear_quadratic_schedule(4), torch.tensor([1, 0.9875, 0.975, 0.725, 0]).double(), 1e-7)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7, 8, 64, 65])
+def test_schedule_is_linear_then_quadratic(steps):
+    sigmas, half = mi.linear_quadratic_schedule(steps), steps // 2
+    assert len(sigmas) == steps + 1 and sigmas[0] == 1 and abs(sigmas[-1]) < 1e-9 and (sigmas.diff() < 0).all()
+    close(sigmas[: half + 1], torch.linspace(1, 0.975, half + 1, dtype=torch.float64), 1e-9)
+    i = torch.arange(steps - half + 1).double()
+    bend = (sigmas[half] - 0.025 / half * i - sigmas[half:])[1:] / i[1:] ** 2  # smooth at the joint, then one square
+    close(bend, bend[:1].expand_as(bend), 1e-9)
+
+
+def fake_dit(x, sigma, y_feat, y_mask, audio=None, skip=()):
+    """A velocity that tells its branches apart: proportional to x, and to a number for each of the inputs."""
+    return x * (y_feat.sum() + (0 if audio is None else audio.sum()) - sum(0.01 * layer for layer in skip))
+
+
+@pytest.mark.parametrize("settings, factor", [
+    ({"cfg": 1}, 0.5), ({"cfg": 6.0}, 0.3 + 6 * 0.2), ({"cfg": 0}, 0.3), ({"cfg": 1, "music_cfg": 2}, 0.5 + 2 * 0.2),
+    ({"cfg": 1, "skip": (1, 2), "skip_scale": 4}, 0.5 + 4 * 0.03), ({"cfg": 1, "skip": (1,)}, 0.5),
+    ({"cfg": 3, "music_cfg": 2, "skip": (2,), "skip_scale": 5}, 0.3 + 3 * 0.2 + 2 * 0.2 + 5 * 0.02),
+])  # fmt: skip
+def test_sample_guides_and_takes_euler_steps(settings, factor):
+    noise, mask = torch.randn(2, 12, 1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
+    text, null, audio = (torch.full((1, 1, 1), 0.3), mask), (torch.full((1, 1, 1), 0.1), mask), torch.full((1, 1, 1), 0.2)
+    z = mi.sample(fake_dit, noise, text, null, audio, sigmas=[1, 0.7, 0.2, 0], **settings)
+    close(z, noise * math.prod(1 + step * factor for step in (0.3, 0.5, 0.2)), 1e-4)
+
+
+def test_constant_velocity_is_solved_exactly():
+    noise, z = torch.randn(2, 1, 12, 1, 2, 2)
+    seen = []
+    still = lambda x, sigma, *_: seen.append(float(sigma)) or z - noise  # noqa: E731
+    close(mi.sample(still, noise, (), (), sigmas=mi.linear_quadratic_schedule(5), cfg=1), z, 1e-6)
+    assert seen == mi.linear_quadratic_schedule(5)[:-1].float().tolist()
+
+
+def test_loss_is_the_squared_error_of_the_velocity():
+    (z, sigma, y_feat, y_mask), _ = inputs()
+    eps = torch.randn_like(z)
+    double = lambda x, sigma, *_: 2 * x  # noqa: E731
+    loss = mi.flow_matching_loss(double, z, sigma, eps, y_feat, y_mask)
+    for b, s in enumerate((0.9, 0.3)):
+        x = (1 - s) * z[b] + s * eps[b]
+        assert loss[b].item() == pytest.approx((2 * x - z[b] + eps[b]).pow(2).mean().item(), rel=1e-5)
+
+
+def test_latents_are_normalised_channel_by_channel():
+    z = torch.randn(2, 12, 2, 3, 4)
+    normal = mi.to_dit_space(z)
+    for c in (0, 7, 11):
+        close(normal[:, c], (z[:, c] - mi.MOCHI_MEAN[c]) / mi.MOCHI_STD[c], 1e-6)
+    close(mi.to_vae_space(normal), z, 1e-6)
+    close(mi.to_vae_space(mi.to_dit_space(z, range(12), [2] * 12), range(12), [2] * 12), z, 1e-5)
+
+
+@pytest.mark.parametrize("channels, groups", [(8, 8), (20, 4), (48, 8), (7, 1), (64, 32), (96, 32)])
+def test_group_norm_is_frame_by_frame(channels, groups):
+    norm = randomize(mi.GroupNorm(channels)).requires_grad_(False)
+    x = torch.randn(2, channels, 3, 4, 5) * torch.tensor([1, 9, 0.1])[:, None, None]
+    wanted = [F.group_norm(x[:, :, t], groups, norm.weight, norm.bias, 1e-5) for t in range(3)]
+    close(norm(x), torch.stack(wanted, 2), 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The adapter
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layers, rank, window", [([0, 2], 4, None), ([1], 0, 1), ([0, 1, 2], 2, 0)])
+def test_a_fresh_adapter_changes_no_bit(weights, layers, rank, window, dtype):
+    dit = mi.load_dit(weights / "dit.safetensors", dtype=dtype)
+    arguments, audio = inputs()
+    before = dit(*arguments)
+    mi.infuse(dit, layers, rank, window, audio_width=24)
+    assert torch.equal(dit(*arguments, audio), before) and torch.equal(dit(*arguments), before)
+    mi.infuse(dit, layers, rank, window, audio_width=24, zero_init=False)
+    assert not torch.allclose(dit(*arguments, audio), before, atol=1e-3)
+
+
+def test_only_the_adapter_is_trained_and_music_reaches_it():
+    dit = mi.infuse(small_dit(), [0, 2], rank=2, audio_width=24, zero_init=False)
+    arguments, audio = inputs()
+    dit(*arguments, audio).square().mean().backward()
+    trained = {name for name, p in dit.named_parameters() if p.requires_grad}
+    assert trained == set(mi.adapter_parameters(dit)) == {name for name, p in dit.named_parameters() if p.grad is not None}
+    assert len(trained) == 4 + 2 * 8 + 2 * (3 * 4 - 1)  # projector, ZICA, LoRA: the last block has no proj_y
+
+
+def test_layers_left_out_take_their_zica_along():
+    dit = randomize(mi.infuse(small_dit(), [1], rank=0, audio_width=24))
+    arguments, audio = inputs()
+    assert torch.equal(dit(*arguments, audio, skip=(1,)), dit(*arguments, None, skip=(1,)))
+    assert not torch.equal(dit(*arguments, audio, skip=(0,)), dit(*arguments, None, skip=(0,)))
+
+
+@pytest.mark.parametrize("layers, rank, window, heads, alpha", [([2, 0], 2, 1, 4, 7), ([1], 0, None, 8, None)])
+def test_adapter_file_round_trip(weights, tmp_path, layers, rank, window, heads, alpha):
+    dit, again = (mi.load_dit(weights / "dit.safetensors") for _ in range(2))
+    randomize(mi.infuse(dit, layers, rank, window, alpha, heads, audio_width=24), seed=5)
+    mi.save_adapter(dit, tmp_path / "a.safetensors")
+    dit.load_state_dict(again.state_dict(), strict=False)  # randomize changed the rest too
+    mi.load_adapter(again, tmp_path / "a.safetensors")
+    assert again.audio_layers == sorted(layers) and again.window == window
+    arguments, audio = inputs()
+    assert torch.equal(again(*arguments, audio), dit(*arguments, audio))
+
+
+def test_sizes_are_those_of_the_released_files():
+    count = lambda tensors: (len(tensors), sum(p.numel() for p in tensors.values()))  # noqa: E731
+    with torch.device("meta"):
+        dit, encoder, decoder = mi.DiT(48, 3072, 1536, 24, 4096), mi.Encoder(), mi.Decoder()
+        assert count(dit.state_dict()) == (879, 10_027_677_744)
+        assert count(encoder.state_dict()) == (243, 97_222_016)
+        assert count(decoder.state_dict()) == (162, 362_526_595)
+        mi.infuse(dit, (6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47))
+    assert count(mi.adapter_parameters(dit)) == (514, 719_493_120)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Files, text, music
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "blocks.1.mlp_y.w1.weight", "pos_frequencies", "final_layer.mod.bias", "blocks.1.attn.proj_x.lora_A",
+    "blocks.2.attn.qkv_y.lora_B", "audio_cross_attn_blocks.1.to_v.bias", "audio_projection.projection.2.weight",
+])  # fmt: skip
+@pytest.mark.parametrize("change", ["missing", "extra", "misshapen"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_loading_is_strict(weights, tmp_path, name, change, device):
+    adapter = "lora" in name or name.startswith("audio")
+    source = weights / ("musicinfuser.safetensors" if adapter else "dit.safetensors")
+    with safe_open(source, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+    tensor = tensors[name] if change == "extra" else tensors.pop(name)
+    if change != "missing":
+        tensors[name + "x" * (change == "extra")] = torch.cat([tensor, tensor], -1)
+    save_file(tensors, tmp_path / "changed.safetensors", metadata)
+    with pytest.raises(mi.InputError, match=name):
+        if adapter:
+            mi.load_adapter(mi.load_dit(weights / "dit.safetensors", device), tmp_path / "changed.safetensors")
+        else:
+            mi.load_dit(tmp_path / "changed.safetensors", device)
+
+
+def test_meta_device_reads_shapes_only(weights):
+    dit = mi.load_adapter(mi.load_dit(weights / "dit.safetensors", "meta"), weights / "musicinfuser.safetensors")
+    assert {p.device.type for p in dit.parameters()} == {"meta"}
+    assert (len(dit.blocks), dit.width, dit.audio_layers) == (3, 32, [0, 2])
+
+
+def test_matrices_take_the_dtype_and_the_rest_stays_float32(tmp_path):
+    saved = small_dit()
+    mi.save_dit(saved, tmp_path / "dit.safetensors", torch.float32)
+    dit = mi.load_dit(tmp_path / "dit.safetensors", dtype=torch.bfloat16)
+    for name, p in dit.named_parameters():
+        assert p.dtype == (torch.float32 if "norm" in name or name == "pos_frequencies" else torch.bfloat16), name
+        assert torch.equal(p, saved.get_parameter(name).to(p.dtype))
+
+
+LOAD = """
+import sys, threading, time, torch
+import musicinfuser as mi
+
+def anonymous():  # memory that no file backs
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.001)
+
+mi.load_dit(sys.argv[1], "meta")  # what the first use of everything costs
+seen = [anonymous()]
+threading.Thread(target=watch, daemon=True).start()
+dit = mi.load_dit(sys.argv[1], dtype=torch.bfloat16)
+seen.append(anonymous())
+print(max(seen) - seen[0], sum(p.nbytes for p in dit.parameters()))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells")
+def test_loading_as_bfloat16_needs_little_more_than_the_model(tmp_path):
+    with torch.device("meta"):
+        dit = mi.DiT(5, 768, 256, 6, 256)
+    mi.save_dit(dit.to_empty(device="cpu"), tmp_path / "dit.safetensors", torch.float32)
+    assert os.path.getsize(tmp_path / "dit.safetensors") > 180e6
+    line = [sys.executable, "-c", LOAD, tmp_path / "dit.safetensors"]
+    peak, model = map(int, subprocess.run(line, cwd=HERE, capture_output=True, check=True).stdout.split())
+    assert 0.8 * model < peak < 1.15 * model + 10e6
+
+
+def test_failed_writing_leaves_nothing(tmp_path):
+    with pytest.raises(mi.InputError, match="cannot write"), mi.written_whole(tmp_path / "a") as temporary:
+        open(temporary, "w").close()
+        raise OSError("disk full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_tokens_are_those_of_sentencepiece(weights, capsys):
+    import sentencepiece
+    from transformers import T5EncoderModel
+
+    ids = sentencepiece.SentencePieceProcessor(model_file=str(weights / "tokenizer" / "spiece.model")).encode
+    t5 = T5EncoderModel.from_pretrained(weights / "text_encoder").requires_grad_(False)
+    short, none = mi.encode_text(weights, [PROMPT, " "])
+    assert short[1].all() and not none[1].any() and capsys.readouterr().err == ""
+    close(short[0], t5(torch.tensor([ids(PROMPT) + [1]])).last_hidden_state, 1e-5)  # 1 ends the sentence
+    ((y_feat, y_mask),) = mi.encode_text(weights, ["dog " * 300])
+    assert "only the first 256 are used" in capsys.readouterr().err
+    assert y_feat.shape == (1, 256, 16) and y_mask.shape == (1, 256) and y_mask.all()
+    close(y_feat, t5(torch.tensor([ids("dog " * 300)[:255] + [1]])).last_hidden_state, 1e-5)
+
+
+def test_music_tokens(weights, song):
+    waveform, _ = mi.music_window(song, 73)
+    tokens = mi.encode_audio(weights, waveform)
+    assert tokens.shape == (1, 125, 16)  # 50 a second
+    close(mi.encode_audio(weights, 0.1 * waveform + 0.2), tokens, 1e-3)  # loudness is normalised away
+
+
+def test_audio_is_the_mean_of_the_channels(tmp_path):
+    path = write_wav(tmp_path / "song.wav", np.ones(44100), np.zeros(44100))
+    samples = mi.load_audio(path)
+    assert samples.shape == (16000,) and samples.dtype == torch.float32
+    close(samples[100:-100], torch.full((15800,), 0.5), 2e-3)  # resampling rings at the ends
+
+
+@pytest.mark.parametrize("start, speed, hz", [(0, 1, 400), (1, 1, 1000), (1, 1.25, 1250), (1, 0.5, 500)])
+def test_audio_start_and_speed(song, start, speed, hz):
+    samples = mi.load_audio(song, start, 0.8, speed)
+    assert abs(len(samples) - 0.8 * 16000) <= 1 and abs(pitch(samples.numpy(), 16000) - hz) < 3
+
+
+@pytest.mark.parametrize("frames, start, speed, heard", [(73, 0, 1, None), (145, 0, 1, 3), (73, 2, 1.25, 0.8)])
+def test_music_window_is_padded_to_the_clip(song, frames, start, speed, heard):
+    waveform, seconds = mi.music_window(song, frames, start=start, speed=speed)
+    assert len(waveform) == math.ceil((frames / 30 + 0.09) * 16000)
+    assert seconds == pytest.approx(heard or frames / 30 + 0.09, abs=1e-3)
+    assert waveform[: int(seconds * 16000)].abs().max() > 0.2 and not waveform[math.ceil(seconds * 16000) :].any()
