@@ -26,6 +26,7 @@ import sample
 HERE = os.path.dirname(os.path.abspath(__file__))
 GOLDEN = os.path.join(HERE, "eval", "golden.safetensors")
 PROMPT = "a dog dancing in the park"
+AAC_FRAME = 1024 / 44100  # seconds
 
 
 def randomize(module, seed=0):
@@ -83,9 +84,9 @@ def weights(tmp_path_factory):
     mi.save_json(folder / "tokenizer" / "tokenizer_config.json", {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
     t5 = T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
     randomize(t5).save_pretrained(folder / "text_encoder")
-    wav2vec = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
-                             conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
-    Wav2Vec2Model(wav2vec).save_pretrained(folder / "audio_encoder")
+    config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+                            conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2)  # fmt: skip
+    Wav2Vec2Model(config).save_pretrained(folder / "audio_encoder")
     Wav2Vec2FeatureExtractor().save_pretrained(folder / "audio_encoder")
     return folder
 
@@ -131,7 +132,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
 def watch(path):
     """frames (T, H, W, 3), frames a second, sound at 44100 Hz (the mean of the channels), all as decoded."""
     with imageio.get_reader(path, format="FFMPEG") as reader:
-        fps, frames = reader.get_meta_data()["fps"], np.stack(list(reader))
+        fps, frames = reader.get_meta_data()["fps"], np.stack([*iter(reader)])
     line = [get_ffmpeg_exe(), "-v", "error", "-i", path, "-map", "0:a", "-f", "f32le", "-ar", "44100", "-"]
     sound = np.frombuffer(subprocess.run(line, capture_output=True, check=True).stdout, "<f4")
     return frames, fps, sound.reshape(-1, 2).mean(1)
@@ -140,11 +141,6 @@ def watch(path):
 def pitch(samples, rate):
     spectrum = np.abs(np.fft.rfft(samples * np.hanning(len(samples))))
     return spectrum.argmax() * rate / len(samples)
-
-
-def only(folder, ending=".mp4"):
-    (path,) = folder.glob("*" + ending)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +165,7 @@ def test_picture_and_sound_fit_and_seeds_differ(made):
     videos = [watch(path) for path in sorted(made[1].glob("*.mp4"))]
     for frames, fps, sound in videos:
         assert frames.shape == (7, 32, 32, 3) and fps == 30
-        assert abs(len(sound) / 44100 - 7 / 30) <= 1024 / 44100  # one AAC frame
+        assert abs(len(sound) / 44100 - 7 / 30) <= AAC_FRAME
     assert np.abs(videos[0][0].astype(int) - videos[1][0]).mean() > 1
 
 
@@ -184,53 +180,50 @@ def test_same_seed_makes_the_same_frames_and_overwrites_nothing(made, run, song)
 
 
 @pytest.mark.parametrize("existing", ["a.mp4", "a.json"])
-def test_out_that_exists_is_left_alone(run, song, tmp_path, existing):
+def test_out_that_exists_is_an_error(run, song, tmp_path, existing):
     (tmp_path / existing).write_text("precious")
-    run(song, PROMPT, "--out", tmp_path / "a.mp4")
+    error, _ = run(song, PROMPT, "--out", tmp_path / "a.mp4")
+    assert error.startswith("error: ") and "exists" in error
     assert (tmp_path / existing).read_text() == "precious"
 
 
-def test_out_that_exists_is_an_error(run, song, tmp_path):
-    (tmp_path / "a.mp4").write_text("precious")
-    error, _ = run(song, PROMPT, "--out", tmp_path / "a.mp4")
-    assert error.startswith("error: ") and "exists" in error
-
-
-def test_without_adapter_the_music_is_not_heard(made, run, song, tmp_path):
-    assert run(song, PROMPT, "--adapter", "none")[0] == ""
-    assert json.loads(only(tmp_path / "out", ".json").read_text())["adapter"] == "none"
-    heard = next(made[1].glob("*-0.mp4"))
-    assert np.abs(watch(only(tmp_path / "out"))[0].astype(int) - watch(heard)[0]).mean() > 1
-
-
-def test_empty_prompt(run, song, tmp_path):
-    assert run(song, "")[0] == ""
-    assert only(tmp_path / "out").name == "song-empty-0.mp4"
+@pytest.mark.parametrize("adapter", [(), ("--adapter", "none")])
+def test_music_is_heard_unless_there_is_no_adapter(run, song, tmp_path, adapter):
+    frames = []
+    for start in (0, 1):
+        assert run(song, "", "--start", start, "--out", tmp_path / f"{start}.mp4", *adapter)[0] == ""
+        frames.append(watch(tmp_path / f"{start}.mp4")[0])
+    assert np.array_equal(*frames) == bool(adapter)
+    assert ("none" in json.loads((tmp_path / "1.json").read_text())["adapter"]) == bool(adapter)
 
 
 def test_145_frames_and_a_song_that_ends_before(run, song, tmp_path):
-    error, stdout = run(song, PROMPT, "--frames", 145, "--size", "16x32")
+    error, stdout = run(song, PROMPT, "--frames", 145, "--size", "16x32", "--out", tmp_path / "a.mp4")
     assert not error and "the song ends after 3.0 s of the video; silence follows" in stdout
-    frames, _, sound = watch(only(tmp_path / "out"))
-    assert frames.shape == (145, 16, 32, 3) and abs(len(sound) / 44100 - 145 / 30) <= 1024 / 44100
+    frames, _, sound = watch(tmp_path / "a.mp4")
+    assert frames.shape == (145, 16, 32, 3) and abs(len(sound) / 44100 - 145 / 30) <= AAC_FRAME
     assert np.abs(sound[: 2 * 44100]).max() > 0.1 and np.abs(sound[int(3.1 * 44100) :]).max() < 1e-3
 
 
 @pytest.mark.parametrize("start, speed, hz", [(0, 1, 400), (1, 1, 1000), (1, 1.25, 1250), (1.5, 0.5, 500), (0, 2, 800)])
-def test_start_and_speed_of_the_song_in_the_file(run, song, tmp_path, start, speed, hz):
-    assert run(song, PROMPT, "--start", start, "--speed", speed, "--frames", 13)[0] == ""
-    _, _, sound = watch(only(tmp_path / "out"))
-    assert abs(len(sound) / 44100 - 13 / 30) <= 1024 / 44100
-    assert abs(pitch(sound, 44100) - hz) < 5
+def test_start_and_speed_of_the_song(run, song, tmp_path, start, speed, hz):
+    heard = mi.load_audio(song, start, 13 / 30, speed)
+    assert abs(len(heard) / 16000 - 13 / 30) < 1e-4 and abs(pitch(heard.numpy(), 16000) - hz) < 5
+    assert run(song, PROMPT, "--start", start, "--speed", speed, "--frames", 13, "--out", tmp_path / "a.mp4")[0] == ""
+    _, _, sound = watch(tmp_path / "a.mp4")
+    assert abs(len(sound) / 44100 - 13 / 30) <= AAC_FRAME and abs(pitch(sound, 44100) - hz) < 5
 
 
-@pytest.mark.parametrize("name, title", [("Artist: Song.wav", ""), ("song.wav", "my data"), ("歌" * 40 + ".wav", "")])
+NAMES = [("Artist: Song.wav", "a title"), ("song.wav", "my data"), ("歌" * 40 + ".wav", "歌")]
+
+
+@pytest.mark.parametrize("name, title", NAMES, ids=["colon", "data", "long"])
 def test_songs_of_any_name_and_title(run, song, tmp_path, monkeypatch, name, title):
     line = [get_ffmpeg_exe(), "-v", "error", "-i", song, "-metadata", f"title={title}", f"file:{tmp_path / name}"]
     subprocess.run(line, check=True)
     monkeypatch.chdir(tmp_path)
-    assert run(name, "踊" * 100)[0] == ""  # a file name has at most 255 bytes
-    assert only(tmp_path / "out").exists()
+    assert run(name, "踊" * 100)[0] == ""  # the name of a file has at most 255 bytes
+    assert len(list(tmp_path.glob("out/*.mp4"))) == 1
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +285,7 @@ def test_bad_input_on_the_real_command_line(bad, weights, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Against official outputs, for weights that a formula makes
+# Against official outputs, for weights that a formula makes, and against diffusers, on the same random weights
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -301,10 +294,7 @@ def formula_weights(shapes):
         i = np.arange(math.prod(shapes[name]), dtype=np.float64)
         u = 43758.5453 * np.sin(12.9898 * i + 78.233 * (k + 1))
         w = (2 * (u - np.floor(u)) - 1).reshape(shapes[name])
-        if w.ndim == 1:
-            w = 0.3 * w + name.endswith("weight")
-        else:
-            w = w * math.sqrt(3 / math.prod(w.shape[1:]))
+        w = 0.3 * w + name.endswith("weight") if w.ndim == 1 else w * math.sqrt(3 / math.prod(w.shape[1:]))
         yield name, torch.from_numpy(w).float()
 
 
@@ -354,10 +344,6 @@ def test_decoding_in_pieces_changes_nothing(golden, chunk):
     close(golden["decoder"](latents[:, :, :1]), whole[:, :, :1], 1e-5)  # the first frame is the first latent's alone
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Against diffusers, on the same random weights
-# ------------------------------------------------------------------------------------------------------------------
-
 DIT_NAMES = [
     ("x_embedder", "patch_embed"), ("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
     ("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"), ("t5_y_embedder", "time_embed.pooler"),
@@ -366,33 +352,31 @@ DIT_NAMES = [
     ("attn.", "attn1."), ("q_norm_x", "norm_q"), ("k_norm_x", "norm_k"), ("q_norm_y", "norm_added_q"),
     ("k_norm_y", "norm_added_k"), ("proj_x", "to_out.0"), ("proj_y", "to_add_out"), ("mlp_x.w1", "ff.net.0.proj"),
     ("mlp_x.w2", "ff.net.2"), ("mlp_y.w1", "ff_context.net.0.proj"), ("mlp_y.w2", "ff_context.net.2"),
+    ("blocks.2.norm1_context.linear", "blocks.2.norm1_context.linear_1"),  # the last of three
 ]  # fmt: skip
-THIRDS = {"qkv_x": ("to_q", "to_k", "to_v"), "qkv_y": ("add_q_proj", "add_k_proj", "add_v_proj"),
-          "qkv": ("to_q", "to_k", "to_v")}  # fmt: skip
+THIRDS = {"qkv_x": ("to_q", "to_k", "to_v"), "qkv_y": ("add_q_proj", "add_k_proj", "add_v_proj")}
 
 
-def to_diffusers(state, names):
+def to_diffusers(state):
     """diffusers has q, k and v apart, and both the feed-forward's gate and the final shift in the second half."""
     for name, w in state.items():
         if ".w1." in name or "final_layer.mod" in name:
             w = w.roll(len(w) // 2, 0)
-        for ours, theirs in names:
+        for ours, theirs in DIT_NAMES:
             name = name.replace(ours, theirs)
-        fused = next((part for part in name.split(".") if part in THIRDS), None)
-        for i, third in enumerate(w.chunk(3)) if fused else ():
-            yield name.replace(fused, THIRDS[fused][i]), third
-        if not fused:
-            yield name, w
+        fused = next((part for part in THIRDS if part in name), name)
+        for third, part in zip(THIRDS.get(fused, [name]), w.chunk(3) if fused in THIRDS else [w]):
+            yield name.replace(fused, third), part
 
 
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 @pytest.mark.parametrize("seed, t, h, w", [(1, 3, 4, 6), (2, 1, 8, 2)])
 def test_transformer_is_that_of_diffusers(seed, t, h, w):
     diffusers = pytest.importorskip("diffusers")
     ours = small_dit(seed=seed, hidden_x=85, hidden_y=42).requires_grad_(False)  # diffusers does not round these
     theirs = diffusers.MochiTransformer3DModel(num_layers=3, num_attention_heads=2, attention_head_dim=16,
                                                pooled_projection_dim=16, text_embed_dim=16)  # fmt: skip
-    last = ("blocks.2.norm1_context.linear", "blocks.2.norm1_context.linear_1")
-    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), [*DIT_NAMES, last])))
+    theirs.load_state_dict(dict(to_diffusers(ours.state_dict())))
     (x, sigma, y_feat, y_mask), _ = inputs(seed, t, h, w)
     wanted = theirs.requires_grad_(False)(x, y_feat, 1000 * (1 - sigma), y_mask, return_dict=False)[0]
     close(ours(x, sigma, y_feat, y_mask), wanted, 1e-4)
@@ -400,35 +384,21 @@ def test_transformer_is_that_of_diffusers(seed, t, h, w):
     close(cut, wanted[1:], 1e-4)
 
 
-def encoder_names(downs):
-    """The residual blocks of genmo's encoder, and of diffusers', which keeps the attentions in lists of their own."""
-    places = [("layers.1.", "block_in.", 0)]
-    places += [(f"layers.{2 + i}.layers.{1 + j}.", f"down_blocks.{i}.", j) for i, n in enumerate(downs) for j in range(n)]
-    for ours, theirs, j in [*places, (f"layers.{2 + len(downs)}.", "block_out.", 0)]:
-        parts = [("stack.0", "norm1.norm_layer"), ("stack.2", "conv1.conv"), ("stack.3", "norm2.norm_layer")]
-        yield from ((ours + a, f"{theirs}resnets.{j}.{b}") for a, b in [*parts, ("stack.5", "conv2.conv")])
-        yield ours + "attn_block.norm", f"{theirs}norms.{j}.norm_layer"
-        yield ours + "attn_block.attn.out", f"{theirs}attentions.{j}.to_out.0"
-        yield ours + "attn_block.attn", f"{theirs}attentions.{j}"
-    yield from ((f"layers.{2 + i}.layers.0", f"down_blocks.{i}.conv_in.conv") for i in range(len(downs)))
-    yield from [("layers.0", "proj_in"), ("output_norm", "norm_out.norm_layer"), ("output_proj", "proj_out")]
-
-
-@pytest.mark.parametrize("seed, frames, downs", [(1, 13, (1, 2, 1)), (2, 1, (1, 1, 1))])
-def test_encoder_is_that_of_diffusers(seed, frames, downs):
-    pytest.importorskip("diffusers")
-    from diffusers.models.autoencoders.autoencoder_kl_mochi import MochiEncoder3D
-
-    sizes = (32, 64, 96, 64), (1, *downs, 1)
+@pytest.mark.parametrize("seed, frames, height", [(1, 13, 16), (2, 1, 32)])
+def test_encoder_is_that_of_diffusers(seed, frames, height):
+    diffusers = pytest.importorskip("diffusers")
+    sizes = (32, 64, 96, 64), (1, 1, 1, 1, 1)  # with one block a stage, both list their tensors in the same order
     ours = randomize(mi.Encoder(*sizes), seed).requires_grad_(False)
-    theirs = MochiEncoder3D(15, 12, *sizes).requires_grad_(False)
-    theirs.load_state_dict(dict(to_diffusers(ours.state_dict(), list(encoder_names(downs)))))
-    video = torch.rand(1, 3, frames, 16, 24, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    close(torch.cat(ours(video), 1), theirs(video)[0], 1e-4)
+    vae = diffusers.AutoencoderKLMochi(encoder_block_out_channels=sizes[0], layers_per_block=sizes[1],
+                                       decoder_block_out_channels=(32,) * 4)  # fmt: skip
+    split = [part for name, w in ours.state_dict().items() for part in w.chunk(3 if ".qkv." in name else 1)]
+    vae.encoder.load_state_dict(dict(zip(vae.encoder.state_dict(), split, strict=True)))
+    video = torch.rand(1, 3, frames, height, 24, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    close(torch.cat(ours(video), 1), vae.encoder.requires_grad_(False)(video)[0], 1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# The formulas, written a second time
+# The formulas, written a second time; the adapter
 # ------------------------------------------------------------------------------------------------------------------
 
 
@@ -480,12 +450,9 @@ def test_beta_uniform_halves_and_is_seeded():
     assert not torch.equal(draw(0, 9), draw(200, 9))
 
 
-def test_schedule_of_four_steps():
-    close(mi.linear_quadratic_schedule(4), torch.tensor([1, 0.9875, 0.975, 0.725, 0]).double(), 1e-7)
-
-
 @pytest.mark.parametrize("steps", [2, 3, 7, 8, 64, 65])
 def test_schedule_is_linear_then_quadratic(steps):
+    close(mi.linear_quadratic_schedule(4), torch.tensor([1, 0.9875, 0.975, 0.725, 0]).double(), 1e-7)
     sigmas, half = mi.linear_quadratic_schedule(steps), steps // 2
     assert len(sigmas) == steps + 1 and sigmas[0] == 1 and abs(sigmas[-1]) < 1e-9 and (sigmas.diff() < 0).all()
     close(sigmas[: half + 1], torch.linspace(1, 0.975, half + 1, dtype=torch.float64), 1e-9)
@@ -506,8 +473,8 @@ def fake_dit(x, sigma, y_feat, y_mask, audio=None, skip=()):
 ])  # fmt: skip
 def test_sample_guides_and_takes_euler_steps(settings, factor):
     noise, mask = torch.randn(2, 12, 1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
-    text, null, audio = (torch.full((1, 1, 1), 0.3), mask), (torch.full((1, 1, 1), 0.1), mask), torch.full((1, 1, 1), 0.2)
-    z = mi.sample(fake_dit, noise, text, null, audio, sigmas=[1, 0.7, 0.2, 0], **settings)
+    text, null, audio = (torch.full((1, 1, 1), value) for value in (0.3, 0.1, 0.2))
+    z = mi.sample(fake_dit, noise, (text, mask), (null, mask), audio, sigmas=[1, 0.7, 0.2, 0], **settings)
     close(z, noise * math.prod(1 + step * factor for step in (0.3, 0.5, 0.2)), 1e-4)
 
 
@@ -532,10 +499,9 @@ def test_loss_is_the_squared_error_of_the_velocity():
 def test_latents_are_normalised_channel_by_channel():
     z = torch.randn(2, 12, 2, 3, 4)
     normal = mi.to_dit_space(z)
-    for c in (0, 7, 11):
-        close(normal[:, c], (z[:, c] - mi.MOCHI_MEAN[c]) / mi.MOCHI_STD[c], 1e-6)
+    close(normal[:, 7], (z[:, 7] + 0.09346305707025976) / 1.3720942357788521, 1e-6)
     close(mi.to_vae_space(normal), z, 1e-6)
-    close(mi.to_vae_space(mi.to_dit_space(z, range(12), [2] * 12), range(12), [2] * 12), z, 1e-5)
+    close(mi.to_dit_space(z, range(12), [2.0] * 12)[:, 11], (z[:, 11] - 11) / 2, 1e-6)
 
 
 @pytest.mark.parametrize("channels, groups", [(8, 8), (20, 4), (48, 8), (7, 1), (64, 32), (96, 32)])
@@ -546,20 +512,15 @@ def test_group_norm_is_frame_by_frame(channels, groups):
     close(norm(x), torch.stack(wanted, 2), 1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The adapter
-# ------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layers, rank, window", [([0, 2], 4, None), ([1], 0, 1), ([0, 1, 2], 2, 0)])
-def test_a_fresh_adapter_changes_no_bit(weights, layers, rank, window, dtype):
+@pytest.mark.parametrize("layers, rank, window, heads", [([0, 2], 4, None, 8), ([1], 0, 1, 4), ([0, 1, 2], 2, 0, 0)])
+def test_a_fresh_adapter_changes_no_bit(weights, layers, rank, window, heads, dtype):
     dit = mi.load_dit(weights / "dit.safetensors", dtype=dtype)
     arguments, audio = inputs()
     before = dit(*arguments)
-    mi.infuse(dit, layers, rank, window, audio_width=24)
+    mi.infuse(dit, layers, rank, window, heads=heads, audio_width=24)
     assert torch.equal(dit(*arguments, audio), before) and torch.equal(dit(*arguments), before)
-    mi.infuse(dit, layers, rank, window, audio_width=24, zero_init=False)
+    mi.infuse(dit, layers, rank, window, heads=heads, audio_width=24, zero_init=False)
     assert not torch.allclose(dit(*arguments, audio), before, atol=1e-3)
 
 
@@ -568,7 +529,8 @@ def test_only_the_adapter_is_trained_and_music_reaches_it():
     arguments, audio = inputs()
     dit(*arguments, audio).square().mean().backward()
     trained = {name for name, p in dit.named_parameters() if p.requires_grad}
-    assert trained == set(mi.adapter_parameters(dit)) == {name for name, p in dit.named_parameters() if p.grad is not None}
+    reached = {name for name, p in dit.named_parameters() if p.grad is not None}
+    assert trained == reached == set(mi.adapter_parameters(dit))
     assert len(trained) == 4 + 2 * 8 + 2 * (3 * 4 - 1)  # projector, ZICA, LoRA: the last block has no proj_y
 
 
@@ -579,16 +541,18 @@ def test_layers_left_out_take_their_zica_along():
     assert not torch.equal(dit(*arguments, audio, skip=(0,)), dit(*arguments, None, skip=(0,)))
 
 
-@pytest.mark.parametrize("layers, rank, window, heads, alpha", [([2, 0], 2, 1, 4, 7), ([1], 0, None, 8, None)])
+@pytest.mark.parametrize("layers, rank, window, heads, alpha", [([2, 0], 2, 1, 4, 7), ([1], 0, None, 0, None)])
 def test_adapter_file_round_trip(weights, tmp_path, layers, rank, window, heads, alpha):
-    dit, again = (mi.load_dit(weights / "dit.safetensors") for _ in range(2))
+    dit, again = small_dit(), mi.load_dit(weights / "dit.safetensors")
     randomize(mi.infuse(dit, layers, rank, window, alpha, heads, audio_width=24), seed=5)
     mi.save_adapter(dit, tmp_path / "a.safetensors")
-    dit.load_state_dict(again.state_dict(), strict=False)  # randomize changed the rest too
     mi.load_adapter(again, tmp_path / "a.safetensors")
+    saved, loaded = mi.adapter_parameters(dit), mi.adapter_parameters(again)
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[name], loaded[name]) for name in saved)
     assert again.audio_layers == sorted(layers) and again.window == window
+    again.load_state_dict(dit.state_dict())
     arguments, audio = inputs()
-    assert torch.equal(again(*arguments, audio), dit(*arguments, audio))
+    close(again(*arguments, audio), dit(*arguments, audio), 1e-5)  # heads and alpha
 
 
 def test_sizes_are_those_of_the_released_files():
@@ -631,7 +595,7 @@ def test_loading_is_strict(weights, tmp_path, name, change, device):
 
 def test_meta_device_reads_shapes_only(weights):
     dit = mi.load_adapter(mi.load_dit(weights / "dit.safetensors", "meta"), weights / "musicinfuser.safetensors")
-    assert {p.device.type for p in dit.parameters()} == {"meta"}
+    assert all(p.is_meta for p in dit.parameters())
     assert (len(dit.blocks), dit.width, dit.audio_layers) == (3, 32, [0, 2])
 
 
@@ -700,9 +664,9 @@ def test_text_tokens_are_those_of_sentencepiece(weights, capsys):
 
 def test_music_tokens(weights, song):
     waveform, _ = mi.music_window(song, 73)
-    tokens = mi.encode_audio(weights, waveform)
-    assert tokens.shape == (1, 125, 16)  # 50 a second
-    close(mi.encode_audio(weights, 0.1 * waveform + 0.2), tokens, 1e-3)  # loudness is normalised away
+    encode = mi.AudioEncoder(weights)
+    assert encode(waveform).shape == (1, 125, 16)  # 50 a second
+    close(encode(0.1 * waveform + 0.2), encode(waveform), 1e-3)  # loudness is normalised away
 
 
 def test_audio_is_the_mean_of_the_channels(tmp_path):
@@ -710,12 +674,6 @@ def test_audio_is_the_mean_of_the_channels(tmp_path):
     samples = mi.load_audio(path)
     assert samples.shape == (16000,) and samples.dtype == torch.float32
     close(samples[100:-100], torch.full((15800,), 0.5), 2e-3)  # resampling rings at the ends
-
-
-@pytest.mark.parametrize("start, speed, hz", [(0, 1, 400), (1, 1, 1000), (1, 1.25, 1250), (1, 0.5, 500)])
-def test_audio_start_and_speed(song, start, speed, hz):
-    samples = mi.load_audio(song, start, 0.8, speed)
-    assert abs(len(samples) - 0.8 * 16000) <= 1 and abs(pitch(samples.numpy(), 16000) - hz) < 3
 
 
 @pytest.mark.parametrize("frames, start, speed, heard", [(73, 0, 1, None), (145, 0, 1, 3), (73, 2, 1.25, 0.8)])

@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 import time
+import wave
 
+import imageio
 import numpy as np
 import torch
 import torch.nn as nn
@@ -18,6 +20,8 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 import musicinfuser as mi
+import train
+from eval.evaluate import beat_correlation, motion_energy, motion_tempo
 
 SIZE, FPS, FRAMES = 64, 30, 73
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -519,6 +523,9 @@ VIEW = {"01": ("front view", "captured from the front", "from a front view"),
 
 def caption(scene, rng):
     """A caption in few or many words, and what it tells: {attribute: value or None}."""
+    if scene["subject"] == "person" and scene["place"] == "studio" and rng.random() < 0.4:  # as train.py words it
+        told = {"colour": None} | {key: scene[key] for key in ("place", "genre", "advanced", "camera")}
+        return str(rng.choice(train.aist_prompts(aist_name(scene, "BR0", rng)))), {"subject": "person", "count": scene["count"]} | told
     told = {key: bool(rng.random() < p) for key, p in
             dict(colour=0.65, place=0.65, genre=0.5, advanced=0.3, camera=0.3).items()}  # fmt: skip
     one, many = WHO[scene["subject"]]
@@ -552,6 +559,11 @@ def caption(scene, rng):
         text = text[0].upper() + text[1:] + "."
     values = {"subject": scene["subject"], "count": scene["count"]}
     return text, values | {key: scene[key] if told[key] else None for key in told}
+
+
+def aist_name(scene, song, rng):  # the dancers' numbers are drawn, they wear what they like
+    dancers = "".join(f"_d{d:02d}" for d in rng.choice(np.arange(1, 36), scene["count"], replace=False))
+    return f"g{scene['genre']}_s{'FM' if scene['advanced'] else 'BM'}_c{scene['camera']}{dancers}_m{song}_ch{rng.integers(1, 99):02d}"
 
 
 LABELS = {
@@ -750,8 +762,180 @@ def make_prior(steps=1500, seed=4):
     mi.save_dit(dit, f"{HERE}/dit.safetensors")
 
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# The toy AIST set, as mp4s with sound, for train.py; and the adapter, trained by it on people only
+# ------------------------------------------------------------------------------------------------------------------
+
+SONGS = 24  # of each genre, as mBR0, mBR1, ...: AIST has six
+
+
+def toy_song(genre, number, seconds=20.0):
+    """(samples, tempo) of the world's song m<genre><number>; from 100 on they are in no data set."""
+    seed = 10_000 * (list(GENRES).index(genre) + 1) + number
+    rng = np.random.default_rng(seed)
+    tempo = float(np.exp(rng.uniform(np.log(60), np.log(180))))
+    return compose(genre, tempo, seed, seconds), tempo
+
+
+def save_wav(path, samples, rate=16000):
+    with mi.written_whole(path) as temporary, open(temporary, "wb") as file, wave.open(file) as wav:
+        wav.setnchannels(1), wav.setsampwidth(2), wav.setframerate(rate)
+        wav.writeframes((np.clip(samples, -1, 1) * 32767).astype("<i2").tobytes())
+
+
+def make_data(folder="toy", aist=320, wild=320, seed=5):
+    """folder/aist: people in the studio, framed as AIST's are; folder/wild: people elsewhere, with captions."""
+    folder = os.path.abspath(folder)
+    rng = np.random.default_rng(seed)
+    songs = {}
+    for i in tqdm(range(aist + wild), "toy data", mininterval=10):
+        kind = "aist" if i < aist else "wild"
+        place = "studio" if kind == "aist" else str(rng.choice(PLACES[1:]))
+        scene = draw_scene(rng, subject="person", place=place)
+        genre, number = scene["genre"], int(rng.integers(SONGS))
+        if i < 20:  # two videos of each test song
+            genre = scene["genre"] = list(GENRES)[i // 2]
+            number = TEST_SONGS[genre]
+        if (genre, number) not in songs:
+            samples, tempo = toy_song(genre, number)
+            songs[genre, number] = os.path.join(folder, "songs", f"m{genre}{number}.wav"), tempo
+            save_wav(songs[genre, number][0], samples)
+        song, tempo = songs[genre, number]
+        start, frames = rng.uniform(0, 14), int(rng.integers(86, 130))
+        beat = (start + torch.arange(frames) / FPS) * tempo / 60
+        video = to_video(render(scene, beat)[None])[0]  # (3, T, 64, 64)
+        if kind == "aist":  # of 172x96, where AIST's crop finds the 64x64
+            video = F.pad(video, (54, 54, 24, 8), mode="replicate")
+            name = aist_name(scene, f"{genre}{number}", rng)
+        else:
+            name = f"wild-{i - aist:04d}"
+            os.makedirs(f"{folder}/wild", exist_ok=True)
+            with open(f"{folder}/wild/{name}.txt", "w") as file:
+                file.write(caption(scene, rng)[0] + "\n")
+        mi.save_video(f"{folder}/{kind}/{name}.mp4", video, FPS, song, start)
+
+
+
+def make_adapter(folder="toy", **options):
+    """By train.py, at the settings that the README gives for a laptop; shipped as bfloat16."""
+    options = dict(steps=400, batch=14, lr=2e-3, rank=16, layers="all", window=0, beta=1.0, audio_dropout=0.1) | options
+    path = train.train(f"{folder}/aist", wild=f"{folder}/wild", weights=HERE, out=f"{WORK}/adapter", **options)
+    with mi.open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        mi.save_safetensors(f"{HERE}/musicinfuser.safetensors", mi.shrunk(tensors), file.metadata())
+
+
+def make_song(tempo=112, seconds=24, rate=22050):
+    """tiny/song.wav: disco at 112 BPM, the first beat at 0 s."""
+    save_wav(f"{HERE}/song.wav", compose("WA", tempo, 12345, seconds, rate), rate)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What came of it
+# ------------------------------------------------------------------------------------------------------------------
+
+
+class Studio:
+    """The folder's models, for many clips at once; as sample.py makes them."""
+
+    def __init__(self, adapter=f"{HERE}/musicinfuser.safetensors", dtype=torch.float32):
+        self.dit, self.decoder = mi.load_dit(f"{HERE}/dit.safetensors", dtype=dtype), mi.load_decoder(f"{HERE}/decoder.safetensors", dtype=dtype)
+        if adapter:
+            mi.load_adapter(self.dit, adapter)
+        self.captions, self.listen = Captions(), mi.AudioEncoder(HERE)
+
+    @torch.no_grad()
+    def film(self, prompts, songs=None, seed=0, frames=FRAMES, cfg=None, music_cfg=None, together=16):
+        """uint8 (len(prompts), frames, SIZE, SIZE, 3); songs: [(file, start, speed)] or None, for silence."""
+        n, films = self.dit.natural, []
+        for i in range(0, len(prompts), together):
+            some = prompts[i : i + together]
+            y, mask = self.captions(some)
+            audio = None
+            if songs:
+                audio = torch.cat([self.listen(mi.music_window(file, frames, FPS, start, speed)[0]) for file, start, speed in songs[i : i + together]])
+            noise = torch.randn((len(some), 12, (frames - 1) // 6 + 1, SIZE // 8, SIZE // 8), generator=torch.Generator().manual_seed(seed + i))
+            z = mi.sample(self.dit, noise, (y, mask), (y, mask & False), audio, sigmas=mi.linear_quadratic_schedule(n.steps),
+                          cfg=n.cfg if cfg is None else cfg, music_cfg=n.music_cfg if music_cfg is None else music_cfg)  # fmt: skip
+            for one in mi.to_vae_space(z, n.mean, n.std).split(1):
+                video = self.decoder(one)[0].clamp(-1, 1)
+                films.append(((video + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy())
+        return np.stack(films)
+
+
+def contact_sheet(path, films, every=6, scale=2):
+    """A row a film, a column every so many frames."""
+    rows = [np.concatenate(list(film[::every]), 1) for film in films]
+    with mi.written_whole(path) as temporary:
+        imageio.imwrite(temporary, np.concatenate(rows, 0).repeat(scale, 0).repeat(scale, 1), format="png")
+
+
+def unseen_songs(count):
+    """[(file, tempo, start)] of songs that no stage was trained on, one genre after another, tempos 72 to 150 BPM, so
+    that three quarters and five quarters of them lie within what was seen."""
+    songs = []
+    for i in range(count):
+        genre = list(GENRES)[i % 10]
+        rng = np.random.default_rng((77, i))
+        tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
+        path = f"{WORK}/songs/{genre}{i}.wav"
+        if not os.path.exists(path):
+            save_wav(path, compose(genre, tempo, 900_000 + i, 20.0))
+        songs.append((path, tempo, float(rng.uniform(0, 3))))
+    return songs
+
+
+def follows(films, songs, speed=1.0):
+    """Mean r with the own and with the neighbour's song, their standard errors, and the correlation of tempos."""
+    energies = [motion_energy(film) for film in films]
+    t = (np.arange(len(energies[0])) + 0.5) / FPS
+    beats = [(start + speed * t) * tempo / 60 for _, tempo, start in songs]
+    own = [beat_correlation(e, b) for e, b in zip(energies, beats)]
+    other = [beat_correlation(e, b) for e, b in zip(energies, beats[1:] + beats[:1])]
+    tempos = np.corrcoef([motion_tempo(e) for e in energies], [tempo * speed for _, tempo, _ in songs])[0, 1]
+    error = lambda r: np.std(r) / math.sqrt(len(r))  # noqa: E731
+    return {"r": np.mean(own), "se": error(own), "other": np.mean(other), "se_other": error(other), "tempo": tempos}
+
+
+def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors", quick=False):
+    """The figures of README's table."""
+    studio = Studio(adapter)
+    songs = unseen_songs(count)
+    rng = np.random.default_rng(7)
+    described = lambda subject: [  # noqa: E731
+        caption(draw_scene(rng, subject=subject, camera="01"), rng)[0] for _ in range(count)
+    ]
+    people, dogs = described("person"), described("dog")
+    n = studio.dit.natural
+
+    def row(name, prompts, speed=1.0, **kwargs):
+        heard = [(path, start, speed) for path, _, start in songs] if not kwargs.pop("silent", False) else None
+        films = studio.film(prompts, heard, **kwargs)
+        f = follows(films, songs, speed)
+        print(f"{name:44} r {f['r']:.2f} ± {f['se']:.2f}   other song {f['other']:.2f} ± {f['se_other']:.2f}   tempo {f['tempo']:.2f}", flush=True)
+        return films
+
+    films = row(f"people (cfg {n.cfg:g}, music cfg {n.music_cfg:g})", people)
+    contact_sheet(f"{WORK}/people.png", films[:16])
+    films = row("dogs", dogs)
+    contact_sheet(f"{WORK}/dogs.png", films[:16])
+    if quick:
+        return
+    row("people, no music: the adapter without ZICA", people, silent=True)
+    for m in (0.0, 1.0, 2.0, 4.0):
+        if m != n.music_cfg:
+            row(f"people, music cfg {m:g}", people, music_cfg=m)
+    for speed in (0.75, 1.25):
+        row(f"people, speed {speed}", people, speed=speed)
+        row(f"dogs, speed {speed}", dogs, speed=speed)
+
+
 if __name__ == "__main__":
     import sys
 
-    for stage in sys.argv[1:] or ("vae", "text", "audio", "prior"):
-        globals()[f"make_{stage}"]()
+    if sys.argv[1:2] == ["data"]:
+        make_data(*sys.argv[2:3])
+    else:
+        for stage in sys.argv[1:] or ("vae", "text", "audio", "prior", "data", "adapter", "song", "report"):
+            globals()[f"make_{stage}"]()
