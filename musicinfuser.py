@@ -76,6 +76,7 @@ def save_safetensors(path, tensors, metadata=None):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(str(error)) from error
+        os.chmod(temporary, 0o644)  # safetensors keeps its files to their owner
 
 
 def save_json(path, value):
@@ -997,7 +998,7 @@ def read_frames(path, height, width, fps=30, crop=None):
                f"{filters},scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         while len(frame := run.stdout.read(height * width * 3)) == height * width * 3:
-            yield np.frombuffer(frame, np.uint8).reshape(height, width, 3)
+            yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).copy()
         if run.wait():
             lines = run.stderr.read().decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
             raise InputError(f"{path} cannot be read as video ({lines[-1]})")
@@ -1013,8 +1014,9 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):
         sound = {}
         if song is not None:
             wav, seconds = os.path.join(folder, "song.wav"), len(frames) / fps
-            play = f"aresample=44100,asetrate={round(44100 * speed)},aresample=44100,apad,atrim=0:{seconds}"
-            ffmpeg("-i", song, "-ss", start, "-t", seconds * speed, "-map", "0:a:0", "-af", play, "-ac", 2, wav)
+            play = f"aresample=44100,atrim={start}:{start + seconds * speed},asetpts=N/SR/TB"
+            play += f",asetrate={round(44100 * speed)},aresample=44100,apad,atrim=0:{seconds}"
+            ffmpeg("-i", song, "-map", "0:a:0", "-af", play, "-ac", 2, wav)
             sound = {"audio_path": wav, "audio_codec": "aac"}
         writer = imageio.get_writer(temporary, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
                                     macro_block_size=2, output_params=["-crf", "16"], ffmpeg_log_level="quiet", **sound)  # fmt: skip

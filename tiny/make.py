@@ -732,8 +732,8 @@ class Captions:
 
 
 def make_prior(steps=1500, seed=4):
-    short, scenes = latents_of(2400, FRAMES, seed)
-    long, long_scenes = latents_of(300, 271, seed + 100)
+    short, scenes = latents_of(2000, FRAMES, seed)
+    long, long_scenes = latents_of(240, 271, seed + 100)
     mean, std = short.mean((0, 2, 3, 4)), short.std((0, 2, 3, 4))
     short, long = mi.to_dit_space(short, mean, std), mi.to_dit_space(long, mean, std)
     captions = Captions()
