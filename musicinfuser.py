@@ -17,11 +17,13 @@ stand. Tensors keep genmo's names and the authors', so that their files load as 
 
 import json
 import math
+import mmap
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -31,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 
@@ -85,27 +87,44 @@ def save_json(path, value):
         file.write("\n")
 
 
-def open_safetensors(path):
-    """The open file, its tensors not yet read: a handle with keys(), get_tensor(name), get_slice(name), metadata()."""
+SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+                      "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
+warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def read_safetensors(path):
+    """({name: tensor}, metadata); the tensors lie in a read-only mapping of the file, so nothing is read before it is
+    used and no memory is taken. (The library's own reader maps copy-on-write, which Linux counts as memory: it refuses
+    Mochi's 40 GB on a machine with less.) Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        metadata = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            dtype, (first, last) = SAFETENSORS_DTYPES[entry["dtype"]], entry["data_offsets"]
+            if begin + last > len(data) or last - first != math.prod(entry["shape"]) * dtype.itemsize:
+                raise ValueError(f"{name} is not all there")
+            count = math.prod(entry["shape"])
+            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + first) if count else torch.empty(0)
+            tensors[name] = flat.to(dtype).view(entry["shape"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); fetch or make it again") from error
-
-
-def read_shapes(file):
-    return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return tensors, metadata
 
 
 def check_names(path, found, wanted):
     """One line for a missing, extra or misshapen tensor. found, wanted: {name: shape}."""
     for what, names in (("lacks", wanted.keys() - found.keys()), ("has the unknown", found.keys() - wanted.keys())):
         if names:
-            raise InputError(f"{path} {what} {sorted(names)[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise InputError(f"{path} {what} {sorted(names)[0]}{more}")
     for name, shape in wanted.items():
-        if found[name] != tuple(shape):
+        if tuple(found[name]) != tuple(shape):
             raise InputError(f"{path} has {name} of shape {list(found[name])}, where {list(shape)} fits")
 
 
@@ -115,14 +134,15 @@ def fill(module, path, names, device, dtype):
     The weights of Linear and Conv layers and the adapter's become `dtype`; norms and rope frequencies stay float32.
     A tensor that needs no conversion stays mapped in its file. device="meta" reads the shapes only.
     """
-    with open_safetensors(path) as file:
-        check_names(path, read_shapes(file), {name: module.get_parameter(name).shape for name in names})
-        for name in names if torch.device(device).type != "meta" else ():
-            owner, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(owner)
-            matrix = isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d))
-            tensor = file.get_tensor(name).to(device, dtype if matrix else torch.float32)
-            setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    tensors, _ = read_safetensors(path)
+    wanted = {name: module.get_parameter(name).shape for name in names}
+    check_names(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
+    for name in names if torch.device(device).type != "meta" else ():
+        owner, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(owner)
+        matrix = isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        tensor = tensors[name].to(device, dtype if matrix else torch.float32)
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     return module.requires_grad_(False)
 
 
@@ -311,8 +331,8 @@ def children(shapes, prefix):  # ["layers.0", "layers.1", ...]: the numbered mem
 
 
 def shapes_of(path, kind, *needed):  # ({name: shape}, metadata) of a file that is of that kind
-    with open_safetensors(path) as file:
-        shapes, metadata = read_shapes(file), file.metadata() or {}
+    tensors, metadata = read_safetensors(path)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in needed:
         if name not in shapes:
             raise InputError(f"{path} is not {kind}: it lacks {name}")
@@ -350,7 +370,7 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         decoder = Decoder(
             channels=channels,
-            blocks=(len(children(shapes, first)) - 1, *(len(children(shapes, f"{up}.blocks")) for up in ups), len(last)),
+            blocks=[len(children(shapes, first)) - 1, *(len(children(shapes, f"{up}.blocks")) for up in ups), len(last)],
             expand=tuple((out // (4 * to), 2, 2) for (out, _), to in zip(linears, channels[1:])),
             latent=shapes["blocks.0.0.weight"][1],
         )
@@ -786,7 +806,8 @@ def save_adapter(dit, path, dtype=None):
         rank = 0 if linear.lora_A is None else len(linear.lora_A)
         kwargs |= {f"{kind}_proj_lora_rank": rank, f"{kind}_proj_lora_alpha": linear.alpha}
         kwargs[f"{kind}_proj_lora_dropout"] = 0.0
-    ours = {"layers": dit.audio_layers, "heads": getattr(dit.audio_cross_attn_blocks[0], "heads", 0), "window": dit.window}
+    heads = getattr(dit.audio_cross_attn_blocks[0], "heads", 0)
+    ours = {"layers": dit.audio_layers, "heads": heads, "window": dit.window}
     save_safetensors(path, tensors, {"kwargs": json.dumps(kwargs), "musicinfuser": json.dumps(ours)})
 
 
@@ -913,7 +934,8 @@ def encode_text(weights, prompts, device="cpu", dtype=torch.float32):
             print(f"warning: the prompt has {len(ids)} tokens, only the first {TEXT_TOKENS} are used", file=sys.stderr)
             ids = ids[: TEXT_TOKENS - 1] + ids[-1:]  # the last one ends the sentence
         ids = torch.tensor([ids], device=device)
-        features.append((t5(ids).last_hidden_state.float(), torch.full_like(ids, bool(prompt.strip()), dtype=torch.bool)))
+        mask = torch.full_like(ids, bool(prompt.strip()), dtype=torch.bool)
+        features.append((t5(ids).last_hidden_state.float(), mask))
     return features
 
 
@@ -959,9 +981,9 @@ def load_audio(path, start=0.0, seconds=None, speed=1.0, rate=SAMPLE_RATE):
     """
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
-    cut = [] if seconds is None else ["-t", seconds * speed]
+    cut = ["-ss", start] if seconds is None else ["-ss", start, "-t", seconds * speed]
     try:
-        wav = ffmpeg("-i", path, "-ss", start, *cut, "-map", "0:a:0", "-ar", round(rate / speed), "-c:a", "pcm_f32le", "-f", "wav", "-")
+        wav = ffmpeg("-i", path, *cut, "-map", "0:a:0", "-ar", round(rate / speed), *"-c:a pcm_f32le -f wav -".split())
     except InputError as error:
         what = "has no sound" if "matches no streams" in str(error) else f"cannot be read as audio ({error})"
         raise InputError(f"{path} {what}") from error
@@ -993,7 +1015,8 @@ def read_frames(path, height, width, fps=30, crop=None):
     """Yield a video's frames, uint8 (height, width, 3), at `fps`; the middle at that aspect ratio, after `crop`, if
     given: (x, y, width, height) as fractions of the frame. Raises InputError."""
     x, y, w, h = crop or (0, 0, 1, 1)
-    filters = f"fps={fps},crop=iw*{w}:ih*{h}:iw*{x}:ih*{y},crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
+    filters = f"fps={fps},crop=iw*{w}:ih*{h}:iw*{x}:ih*{y}"
+    filters += f",crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
     command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-vf",
                f"{filters},scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
@@ -1018,9 +1041,9 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):
             play += f",asetrate={round(44100 * speed)},aresample=44100,apad,atrim=0:{seconds}"
             ffmpeg("-i", song, "-map", "0:a:0", "-af", play, "-ac", 2, wav)
             sound = {"audio_path": wav, "audio_codec": "aac"}
-        writer = imageio.get_writer(temporary, format="FFMPEG", fps=fps, codec="libx264", pixelformat="yuv420p", quality=None,
-                                    macro_block_size=2, output_params=["-crf", "16"], ffmpeg_log_level="quiet", **sound)  # fmt: skip
-        with writer:
+        options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": None, "macro_block_size": 2}
+        options |= {"output_params": ["-crf", "16"], "ffmpeg_log_level": "quiet"} | sound
+        with imageio.get_writer(temporary, format="FFMPEG", fps=fps, **options) as writer:
             for frame in frames:
                 writer.append_data(frame)
         # imageio does not say when its ffmpeg fails at the end, as on a full disk

@@ -118,7 +118,9 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
 
     print(f"weights  {weights}, adapter {adapter or 'none'}")
     print(f"device   {device}, {str(dtype).removeprefix('torch.')}")
-    print(f"video    {height}x{width}, {frames} frames at {natural.fps} fps, {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}")
+    print(
+        f"video    {height}x{width}, {frames} frames at {natural.fps} fps, {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}"
+    )
     print(f"song     {song} from {start:g} s at speed {speed:g}")
     if heard < frames / natural.fps:
         print(f"the song ends after {heard:.1f} s of the video; silence follows")

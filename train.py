@@ -15,7 +15,6 @@ import time
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import musicinfuser as mi
@@ -106,12 +105,12 @@ def folder_digest(folder, index):
 
 
 def read_entry(path, *names):
-    """The tensors of a cache entry, or None where it is not there or damaged."""
+    """The tensors of a cache entry, or None where it is not there or damaged, to be made again."""
     try:
-        tensors = load_file(path)
-        return tensors if all(name in tensors for name in names) else None
-    except Exception:  # whatever is wrong with it, it is made again
+        tensors, _ = mi.read_safetensors(path)
+    except mi.InputError:
         return None
+    return tensors if all(name in tensors for name in names) else None
 
 
 def clip_starts(frames, length, key):
@@ -185,7 +184,7 @@ def cached_texts(texts, folder, weights, device, dtype):
     features = mi.encode_text(weights, tqdm(missing, "reading the texts"), device, dtype) if missing else []
     for text, (y_feat, y_mask) in zip(missing, features):
         mi.save_safetensors(paths[text], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
-    return {text: load_file(path) for text, path in paths.items()}
+    return {text: mi.read_safetensors(path)[0] for text, path in paths.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -220,12 +219,14 @@ class Data:
         rows, names = [], []
         for n in numbers:
             clip, prompt, generator = self.choose(n)
-            entry = load_file(clip["entry"])
+            entry = mi.read_safetensors(clip["entry"])[0]
             z = entry["mean"] + (entry["logvar"] / 2).exp() * torch.randn(entry["mean"].shape, generator=generator)
             sigma = mi.beta_uniform(step, 1, self.settings["beta"], self.settings["half_life"], generator)
             text = self.texts[prompt or PLAIN]
             y_mask = text["y_mask"] & (prompt is not None)
-            rows.append((z, sigma[0], torch.randn(z.shape, generator=generator), text["y_feat"], y_mask, entry["audio"]))
+            rows.append(
+                (z, sigma[0], torch.randn(z.shape, generator=generator), text["y_feat"], y_mask, entry["audio"])
+            )
             names.append(f"{clip['path']} at frame {clip['start']}")
         return *collate(rows, self.natural), names
 
@@ -260,7 +261,7 @@ def held_out_rows(clips, texts, natural, seed, count=16):
     by_song = [[clip for clip in clips if clip["song"] == song] for song in songs]
     chosen = [group[i] for i in range(count) for group in by_song if i < len(group)][:count]
     for i, clip in enumerate(chosen):
-        generator, entry = torch.Generator().manual_seed(seed * 1000 + i), load_file(clip["entry"])
+        generator, entry = torch.Generator().manual_seed(seed * 1000 + i), mi.read_safetensors(clip["entry"])[0]
         text = texts[PLAIN]
         eps = torch.randn(entry["mean"].shape, generator=generator)
         rows.append((entry["mean"], torch.tensor(0.0), eps, text["y_feat"], text["y_mask"], entry["audio"]))
@@ -294,7 +295,9 @@ def pick_layers(choice, depth, weights, top):
             raise mi.InputError(f"no such file: {choice}")
         return sorted(json.load(open(choice))["ranking"][: top or round(depth / 3)])
     if not re.fullmatch(r"\d+(,\d+)*", choice):
-        raise mi.InputError(f"--layers {choice}: give numbers such as 0,3,6, a ranking file, even, first, middle, last or all")
+        raise mi.InputError(
+            f"--layers {choice}: give numbers such as 0,3,6, a ranking file, even, first, middle, last or all"
+        )
     return [int(number) for number in choice.split(",")]
 
 
@@ -325,14 +328,15 @@ class Run:
         """Back to the last save; returns its step, 0 for a new run."""
         if not os.path.exists(self.path("state.safetensors")):
             return 0
-        with mi.open_safetensors(self.path("state.safetensors")) as file:
-            names = set(file.keys())
-            for k, p in mi.adapter_parameters(dit).items():
-                p.data.copy_(file.get_tensor(f"parameter.{k}"))
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{k}" in names]
-                if keys:
-                    optimiser.state[p] = {key: file.get_tensor(f"{key}.{k}").to(p.device if key != "step" else "cpu") for key in keys}
-            step = int(file.metadata()["step"])
+        tensors, metadata = mi.read_safetensors(self.path("state.safetensors"))
+        step = int(metadata["step"])
+        for k, p in mi.adapter_parameters(dit).items():
+            p.data.copy_(tensors[f"parameter.{k}"])
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{k}" in tensors]
+            if keys:  # "step" stays on the CPU
+                optimiser.state[p] = {
+                    k2: tensors[f"{k2}.{k}"].clone().to("cpu" if k2 == "step" else p.device) for k2 in keys
+                }
         lines = open(self.path("log.jsonl")).read().splitlines() if os.path.exists(self.path("log.jsonl")) else []
         whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
         with mi.written_whole(self.path("log.jsonl")) as temporary, open(temporary, "w") as file:
@@ -419,14 +423,16 @@ def train(data, **options):
     say(f"data     {len(clips)} clips, {hours:.2f} hours, {songs} songs; {len(held_out)} clips of test songs held out")
 
     torch.manual_seed(settings["seed"])
-    audio_width = load_file(clips[0]["entry"])["audio"].shape[-1]
+    audio_width = mi.read_safetensors(clips[0]["entry"])[0]["audio"].shape[-1]
     mi.infuse(dit, layers, settings["rank"], settings["window"], heads=8 if settings["adapter"] == "zica" else 0,
               audio_width=audio_width, zero_init=not settings["random_init"])  # fmt: skip
     dit.checkpointing = True
     parameters = list(mi.adapter_parameters(dit).values())
     optimiser = torch.optim.AdamW(parameters, settings["lr"], weight_decay=0.0)
     start = run.load(dit, optimiser)
-    trainable, frozen = (sum(p.numel() for p in dit.parameters() if p.requires_grad is wanted) for wanted in (True, False))
+    trainable, frozen = (
+        sum(p.numel() for p in dit.parameters() if p.requires_grad is wanted) for wanted in (True, False)
+    )
     tokens = settings["batch"] * ((natural.frames - 1) // 6 + 1) * natural.height * natural.width // 256
     memory = frozen * dtype.itemsize + 16 * trainable + (len(dit.blocks) + 40) * tokens * dit.width * dtype.itemsize
     say(f"adapter  layers {layers}, {trainable:,} parameters to train, {frozen:,} frozen; about {memory / 1e9:.1f} GB")
@@ -464,7 +470,9 @@ def train(data, **options):
             continue
         line = {"step": step, "loss": sum(losses) / len(losses), "lr": group["lr"], "grad_norm": norm.item()}
         for low in (0.0, 0.25, 0.5, 0.75):
-            bin_ = [loss for loss, sigma in zip(losses, sigmas) if low <= sigma < low + 0.25 or sigma == low + 0.25 == 1]
+            bin_ = [
+                loss for loss, sigma in zip(losses, sigmas) if low <= sigma < low + 0.25 or sigma == low + 0.25 == 1
+            ]
             line |= {f"loss_{low}": sum(bin_) / len(bin_)} if bin_ else {}
         if held_out_batch and ((step + 1) % settings["eval_every"] == 0 or step + 1 == settings["steps"]):
             line |= listening_gap(dit, held_out_batch, device)
@@ -479,13 +487,15 @@ def train(data, **options):
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-    say(f"{run.path('musicinfuser.safetensors')}: {time.time() - began:.0f} s, peak memory {peak_memory(device):.2f} GB")
+    say(
+        f"{run.path('musicinfuser.safetensors')}: {time.time() - began:.0f} s, peak memory {peak_memory(device):.2f} GB"
+    )
     return run.path("musicinfuser.safetensors")
 
 
 def show(dit, clip, texts, weights, device, dtype, path):
     """A video of the plain prompt, to a held-out clip's music."""
-    n, entry = dit.natural, load_file(clip["entry"])
+    n, entry = dit.natural, mi.read_safetensors(clip["entry"])[0]
     text = tuple(texts[PLAIN][key][None].to(device) for key in ("y_feat", "y_mask"))
     noise = torch.randn(entry["mean"][None].shape, generator=torch.Generator().manual_seed(0)).to(device)
     z = mi.sample(dit, noise, text, (text[0], text[1] & False), entry["audio"][None].to(device),
@@ -498,7 +508,9 @@ def show(dit, clip, texts, weights, device, dtype, path):
 def main():
     parser = argparse.ArgumentParser(description="Train a MusicInfuser adapter on a folder of dance videos.")
     parser.add_argument("--data", required=True, help="folder of AIST videos; its cache is made in it")
-    parser.add_argument("--split", choices=("train", "test"), default="train", help="test: list what is held out, and stop")
+    parser.add_argument(
+        "--split", choices=("train", "test"), default="train", help="test: list what is held out, and stop"
+    )
     for name, (default, kind, text) in OPTIONS.items():
         how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
         if name in ("adapter", "dtype"):

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from tqdm import tqdm
 
 import musicinfuser as mi
@@ -145,7 +144,10 @@ def rabbit(pose, colour):
     parts = []
     for foot, side in ((lf, -1), (rf, 1)):
         paw = at(0.03 * side + 0.9 * foot[:, 0], foot[:, 1] - 0.03)
-        parts += [(hip + at(0.08 * side, 0.0), paw, 0.060, 0.7 * colour), (paw, paw + at(0.06 * side, 0.0), 0.045, pale)]
+        parts += [
+            (hip + at(0.08 * side, 0.0), paw, 0.060, 0.7 * colour),
+            (paw, paw + at(0.06 * side, 0.0), 0.045, pale),
+        ]
     for hand, side in ((lh, -1), (rh, 1)):  # ears
         root = head + at(0.045 * side, -0.06)
         parts.append((root, root + at(0.45 * hand[:, 0], -0.20 + 0.22 * hand[:, 1]), 0.045, 0.8 * colour))
@@ -194,7 +196,11 @@ def backdrop(place, rng, dx, zoom):
     elif place == "street":
         picture = over(mix((0.74, 0.76, 0.80), (0.82, 0.82, 0.84), y), (0.46, 0.46, 0.48), edge(y - 0.78))
         for cx, tall, shade in ((a, 0.30, 0.60), (b, 0.15, 0.54), ((a + b) / 2 + 0.45, 0.22, 0.64)):
-            picture = over(picture, (shade, shade - 0.06, shade - 0.10), edge(0.13 - (x - cx).abs()) * edge(y - tall) * edge(0.78 - y))
+            picture = over(
+                picture,
+                (shade, shade - 0.06, shade - 0.10),
+                edge(0.13 - (x - cx).abs()) * edge(y - tall) * edge(0.78 - y),
+            )
     else:  # stage
         picture = over(mix((0.16, 0.14, 0.22), (0.24, 0.20, 0.32), y), (0.34, 0.26, 0.28), floor)
         picture = over(picture, (0.58, 0.52, 0.52), 0.8 * disc(0.5, 0.93, 0.44, 0.12))
@@ -212,7 +218,10 @@ def render(scene, beat):
     picture = backdrop(scene["place"], rng, dx, zoom).clone()
     count = scene["count"]
     height = {1: 0.70, 2: 0.56, 3: 0.46}[count] * rng.uniform(0.92, 1.08)
-    pose = dance(scene["genre"], scene["advanced"], beat.float() + rng.integers(8)) * torch.tensor(rng.uniform(0.9, 1.1, 12)).float()
+    pose = (
+        dance(scene["genre"], scene["advanced"], beat.float() + rng.integers(8))
+        * torch.tensor(rng.uniform(0.9, 1.1, 12)).float()
+    )
     mirror = -1.0 if rng.random() < 0.5 else 1.0
     centres = (np.arange(count) - (count - 1) / 2) * {1: 0, 2: 0.44, 3: 0.31}[count] + rng.uniform(-0.05, 0.05)
     axis = (torch.arange(SIZE) + 0.5) / SIZE - 0.5
@@ -305,20 +314,36 @@ def compose(genre, tempo, seed, seconds, rate=16000):
     def tone(kind, pitch, length):  # additive, with an attack and a decay
         t = times(int(length * rate))
         f = 440 * 2 ** ((pitch - 69) / 12)
-        partials = [a * np.sin(2 * np.pi * f * (n + 1) * t) for n, a in enumerate(harmonics[kind]) if f * (n + 1) < rate / 2]
+        partials = [
+            a * np.sin(2 * np.pi * f * (n + 1) * t) for n, a in enumerate(harmonics[kind]) if f * (n + 1) < rate / 2
+        ]
         fade = np.minimum(1, (length - t) / 0.01).clip(0)
-        return (sum(partials) / sum(harmonics[kind]) * np.exp(-t / (0.5 * length + 0.05)) * np.minimum(1, t / sharp[kind]) * fade).astype(np.float32)
+        return (
+            sum(partials)
+            / sum(harmonics[kind])
+            * np.exp(-t / (0.5 * length + 0.05))
+            * np.minimum(1, t / sharp[kind])
+            * fade
+        ).astype(np.float32)
 
     t = times(int(0.4 * rate))
     low, sweep, decay = rng.uniform(45, 65), rng.uniform(60, 160), rng.uniform(0.06, 0.16)
-    kick = (np.sin(2 * np.pi * (low * t + sweep * 0.03 * (1 - np.exp(-t / 0.03)))) * np.exp(-t / decay)).astype(np.float32)
+    kick = (np.sin(2 * np.pi * (low * t + sweep * 0.03 * (1 - np.exp(-t / 0.03)))) * np.exp(-t / decay)).astype(
+        np.float32
+    )
     snare = noise(rng.uniform(0.04, 0.12), rng.uniform(200, 900), rng.uniform(4000, 7900))
     hat = noise(rng.uniform(0.01, 0.05), rng.uniform(4000, 6000), 7900)
     kicks, snares, hats, basses, chords, melody = RHYTHMS[genre]
-    level = {k: rng.uniform(*v) for k, v in {"kick": (0.6, 1.1), "snare": (0.2, 0.6), "hat": (0.05, 0.3), "bass": (0.2, 0.6)}.items()}
+    level = {
+        k: rng.uniform(*v)
+        for k, v in {"kick": (0.6, 1.1), "snare": (0.2, 0.6), "hat": (0.05, 0.3), "bass": (0.2, 0.6)}.items()
+    }
     level = {k: v * (rng.random() > 0.07) for k, v in level.items()}  # now and then an instrument is missing
     level["hat"] *= genre != "JB" or 0.5
-    key, scale = rng.integers(36, 48), np.array([0, 2, 3, 5, 7, 8, 10] if rng.random() < 0.5 else [0, 2, 4, 5, 7, 9, 11])
+    key, scale = (
+        rng.integers(36, 48),
+        np.array([0, 2, 3, 5, 7, 8, 10] if rng.random() < 0.5 else [0, 2, 4, 5, 7, 9, 11]),
+    )
     progression = rng.choice([0, 3, 4, 5], 4)
     note = lambda degree, octave: key + 12 * (octave + degree // 7) + scale[degree % 7]  # noqa: E731
     motif = np.where(rng.random(16) < [0.9, 0.1, 0.3, 0.1] * 4, rng.integers(0, 8, 16), -1)
@@ -372,7 +397,9 @@ def fit(name, parameters, loss, steps, lr, decay=0.998, warmup=50, every=60):
     loss(step) -> (loss, {name: number to show}); its randomness must follow from the step alone, so that a run that
     was stopped goes on as if it had not been: every `every` seconds all is saved below work/.
     """
-    masters = {k: p.detach().float().flatten(1 if p.ndim > 1 else 0).clone().requires_grad_() for k, p in parameters.items()}
+    masters = {
+        k: p.detach().float().flatten(1 if p.ndim > 1 else 0).clone().requires_grad_() for k, p in parameters.items()
+    }
     average = {k: m.detach().clone() for k, m in masters.items()}
     hidden = [m for m in masters.values() if m.ndim > 1 and min(m.shape) > 16]
     others = [m for m in masters.values() if not any(m is h for h in hidden)]
@@ -383,15 +410,14 @@ def fit(name, parameters, loss, steps, lr, decay=0.998, warmup=50, every=60):
     rate = lambda i: min((i + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * min(i / steps, 1)))  # noqa: E731
     path, start = os.path.join(WORK, f"{name}.safetensors"), 0
     if os.path.exists(path):
-        with safe_open(path, framework="pt") as file:
-            start = int(file.metadata()["step"])
-            for k, m in masters.items():
-                m.data.copy_(file.get_tensor(f"master.{k}"))
-                average[k].copy_(file.get_tensor(f"average.{k}"))
-                keys = ["momentum_buffer"] if m.ndim > 1 and min(m.shape) > 16 else ["exp_avg", "exp_avg_sq"]
-                if f"{keys[0]}.{k}" not in file.keys():
-                    continue  # a parameter that never had a gradient
-                moments = {key: file.get_tensor(f"{key}.{k}") for key in keys}
+        tensors, metadata = mi.read_safetensors(path)
+        start = int(metadata["step"])
+        for k, m in masters.items():
+            m.data.copy_(tensors[f"master.{k}"])
+            average[k].copy_(tensors[f"average.{k}"])
+            keys = ["momentum_buffer"] if any(m is h for h in hidden) else ["exp_avg", "exp_avg_sq"]
+            if f"{keys[0]}.{k}" in tensors:  # absent for a parameter that never had a gradient
+                moments = {key: tensors[f"{key}.{k}"].clone() for key in keys}
                 if len(keys) > 1:
                     moments["step"] = torch.tensor(float(start))
                 optimisers[len(keys) - 1].state[m] = moments
@@ -424,7 +450,6 @@ def fit(name, parameters, loss, steps, lr, decay=0.998, warmup=50, every=60):
             saved = time.time()
     for k, p in parameters.items():
         p.data.copy_(average[k].view_as(p))
-
 
 
 def named(**modules):  # {name: parameter} of several modules
@@ -480,7 +505,10 @@ def make_vae(steps=2000, seed=1):
     def loss(step):
         rng, generator = rng_of(seed, step)
         frames, batch = (13, 6) if step < 0.75 * steps else (25, 3)
-        picked = [(int(i), int(f)) for i, f in zip(rng.integers(len(clips), size=batch), rng.integers(FRAMES - frames + 1, size=batch))]
+        picked = [
+            (int(i), int(f))
+            for i, f in zip(rng.integers(len(clips), size=batch), rng.integers(FRAMES - frames + 1, size=batch))
+        ]
         video = to_video(np.stack([clips[i, f : f + frames] for i, f in picked]))
         mean, logvar = encoder(video)
         logvar = logvar.clamp(-12, 4)
@@ -496,7 +524,6 @@ def make_vae(steps=2000, seed=1):
         mi.save_safetensors(f"{HERE}/{name}.safetensors", mi.shrunk(module.state_dict()))
     encoder, decoder = mi.load_encoder(f"{HERE}/encoder.safetensors"), mi.load_decoder(f"{HERE}/decoder.safetensors")
     print(f"VAE: PSNR {psnr(encoder, decoder, unseen)[0]:.2f} dB on 16 unseen clips")
-
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -525,7 +552,10 @@ def caption(scene, rng):
     """A caption in few or many words, and what it tells: {attribute: value or None}."""
     if scene["subject"] == "person" and scene["place"] == "studio" and rng.random() < 0.4:  # as train.py words it
         told = {"colour": None} | {key: scene[key] for key in ("place", "genre", "advanced", "camera")}
-        return str(rng.choice(train.aist_prompts(aist_name(scene, "BR0", rng)))), {"subject": "person", "count": scene["count"]} | told
+        return str(rng.choice(train.aist_prompts(aist_name(scene, "BR0", rng)))), {
+            "subject": "person",
+            "count": scene["count"],
+        } | told
     told = {key: bool(rng.random() < p) for key, p in
             dict(colour=0.65, place=0.65, genre=0.5, advanced=0.3, camera=0.3).items()}  # fmt: skip
     one, many = WHO[scene["subject"]]
@@ -604,14 +634,21 @@ def make_text(steps=500, batch=48, seed=2):
         for key, head in heads.items():
             logits = head(y).transpose(1, 2)  # (B, values, L)
             target = torch.tensor([LABELS[key].index(values[key]) for values in told])
-            total = total + (F.cross_entropy(logits, target[:, None].expand(-1, y.shape[1]), reduction="none") * valid).sum(1).mean()
+            total = (
+                total
+                + (F.cross_entropy(logits, target[:, None].expand(-1, y.shape[1]), reduction="none") * valid)
+                .sum(1)
+                .mean()
+            )
             right += ((logits * valid[:, None]).sum(2).argmax(1) == target).float().mean().item() / len(heads)
         return total, {"loss": total.item(), "right": right}
 
     fit("text", named(t5=t5, heads=heads), loss, steps, 2e-3)
     t5.save_pretrained(f"{HERE}/text_encoder")
     with torch.no_grad():
-        print(f"text encoder: {np.mean([loss(i, seed + 1000)[1]['right'] for i in range(10)]):.3f} of what captions say is told right")
+        print(
+            f"text encoder: {np.mean([loss(i, seed + 1000)[1]['right'] for i in range(10)]):.3f} of what captions say is told right"
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -651,7 +688,11 @@ def make_audio(steps=1200, batch=24, seed=3, songs=500):
             samples, genre, tempo = pieces[i]
             start = rng.uniform(0, len(samples) / 16000 - seconds - 0.01)
             crops.append(rough(samples[int(start * 16000) :][: math.ceil(seconds * 16000)], rng))
-            phases.append((start * tempo / 60, tempo / 60)), tempos.append(math.log2(tempo / 104)), genres.append(list(GENRES).index(genre))
+            (
+                phases.append((start * tempo / 60, tempo / 60)),
+                tempos.append(math.log2(tempo / 104)),
+                genres.append(list(GENRES).index(genre)),
+            )
         x = torch.from_numpy(np.stack(crops)).float()
         x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
         out = head(wav2vec(x).last_hidden_state)  # (B, A, 3 + genres)
@@ -663,7 +704,12 @@ def make_audio(steps=1200, batch=24, seed=3, songs=500):
         at_beat = (out[..., :2] - beat).square().sum(-1).mean()
         total = at_beat + (out[..., 2] - tempo).square().mean() + 0.1 * genre
         cosine = F.cosine_similarity(out[..., :2], beat, dim=-1).mean()
-        return total, {"loss": total.item(), "cos": cosine.item(), "tempo": (out[..., 2] - tempo).abs().mean().item(), "genre": genre.item()}
+        return total, {
+            "loss": total.item(),
+            "cos": cosine.item(),
+            "tempo": (out[..., 2] - tempo).abs().mean().item(),
+            "genre": genre.item(),
+        }
 
     fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
     wav2vec.save_pretrained(f"{HERE}/audio_encoder")
@@ -671,7 +717,6 @@ def make_audio(steps=1200, batch=24, seed=3, songs=500):
     with torch.no_grad():
         numbers = [loss(i, unseen, seed + 1000)[1] for i in range(10)]
     print("audio encoder: on unseen songs", {k: round(float(np.mean([n[k] for n in numbers])), 3) for k in numbers[0]})
-
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -683,8 +728,8 @@ def latents_of(count, frames, seed):
     """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/."""
     path = os.path.join(WORK, f"latents-{frames}.safetensors")
     if os.path.exists(path):
-        with safe_open(path, framework="pt") as file:
-            return file.get_tensor("latents"), json.loads(file.metadata()["scenes"])
+        tensors, metadata = mi.read_safetensors(path)
+        return tensors["latents"], json.loads(metadata["scenes"])
     encoder = mi.load_encoder(f"{HERE}/encoder.safetensors", dtype=torch.bfloat16)
     rng = np.random.default_rng(seed)
     latents, scenes = [], []
@@ -731,7 +776,7 @@ class Captions:
         return self.t5(**tokens).last_hidden_state, tokens.attention_mask.bool()
 
 
-def make_prior(steps=1500, seed=4):
+def make_prior(steps=1300, seed=4):
     short, scenes = latents_of(2000, FRAMES, seed)
     long, long_scenes = latents_of(240, 271, seed + 100)
     mean, std = short.mean((0, 2, 3, 4)), short.std((0, 2, 3, 4))
@@ -760,7 +805,6 @@ def make_prior(steps=1500, seed=4):
 
     fit("prior", {k: p for k, p in dit.named_parameters() if p.requires_grad}, loss, steps, 2e-3, warmup=100)
     mi.save_dit(dit, f"{HERE}/dit.safetensors")
-
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -816,14 +860,12 @@ def make_data(folder="toy", aist=320, wild=320, seed=5):
         mi.save_video(f"{folder}/{kind}/{name}.mp4", video, FPS, song, start)
 
 
-
 def make_adapter(folder="toy", **options):
     """By train.py, at the settings that the README gives for a laptop; shipped as bfloat16."""
     options = dict(steps=400, batch=14, lr=2e-3, rank=16, layers="all", window=0, beta=1.0, audio_dropout=0.1) | options
     path = train.train(f"{folder}/aist", wild=f"{folder}/wild", weights=HERE, out=f"{WORK}/adapter", **options)
-    with mi.open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
-        mi.save_safetensors(f"{HERE}/musicinfuser.safetensors", mi.shrunk(tensors), file.metadata())
+    tensors, metadata = mi.read_safetensors(path)
+    mi.save_safetensors(f"{HERE}/musicinfuser.safetensors", mi.shrunk(tensors), metadata)
 
 
 def make_song(tempo=112, seconds=24, rate=22050):
@@ -840,7 +882,10 @@ class Studio:
     """The folder's models, for many clips at once; as sample.py makes them."""
 
     def __init__(self, adapter=f"{HERE}/musicinfuser.safetensors", dtype=torch.float32):
-        self.dit, self.decoder = mi.load_dit(f"{HERE}/dit.safetensors", dtype=dtype), mi.load_decoder(f"{HERE}/decoder.safetensors", dtype=dtype)
+        self.dit, self.decoder = (
+            mi.load_dit(f"{HERE}/dit.safetensors", dtype=dtype),
+            mi.load_decoder(f"{HERE}/decoder.safetensors", dtype=dtype),
+        )
         if adapter:
             mi.load_adapter(self.dit, adapter)
         self.captions, self.listen = Captions(), mi.AudioEncoder(HERE)
@@ -854,8 +899,16 @@ class Studio:
             y, mask = self.captions(some)
             audio = None
             if songs:
-                audio = torch.cat([self.listen(mi.music_window(file, frames, FPS, start, speed)[0]) for file, start, speed in songs[i : i + together]])
-            noise = torch.randn((len(some), 12, (frames - 1) // 6 + 1, SIZE // 8, SIZE // 8), generator=torch.Generator().manual_seed(seed + i))
+                audio = torch.cat(
+                    [
+                        self.listen(mi.music_window(file, frames, FPS, start, speed)[0])
+                        for file, start, speed in songs[i : i + together]
+                    ]
+                )
+            noise = torch.randn(
+                (len(some), 12, (frames - 1) // 6 + 1, SIZE // 8, SIZE // 8),
+                generator=torch.Generator().manual_seed(seed + i),
+            )
             z = mi.sample(self.dit, noise, (y, mask), (y, mask & False), audio, sigmas=mi.linear_quadratic_schedule(n.steps),
                           cfg=n.cfg if cfg is None else cfg, music_cfg=n.music_cfg if music_cfg is None else music_cfg)  # fmt: skip
             for one in mi.to_vae_space(z, n.mean, n.std).split(1):
@@ -913,7 +966,10 @@ def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors", quick=Fals
         heard = [(path, start, speed) for path, _, start in songs] if not kwargs.pop("silent", False) else None
         films = studio.film(prompts, heard, **kwargs)
         f = follows(films, songs, speed)
-        print(f"{name:44} r {f['r']:.2f} ± {f['se']:.2f}   other song {f['other']:.2f} ± {f['se_other']:.2f}   tempo {f['tempo']:.2f}", flush=True)
+        print(
+            f"{name:44} r {f['r']:.2f} ± {f['se']:.2f}   other song {f['other']:.2f} ± {f['se_other']:.2f}   tempo {f['tempo']:.2f}",
+            flush=True,
+        )
         return films
 
     films = row(f"people (cfg {n.cfg:g}, music cfg {n.music_cfg:g})", people)
