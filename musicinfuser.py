@@ -23,7 +23,6 @@ import re
 import subprocess
 import sys
 import tempfile
-import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -89,18 +88,19 @@ def save_json(path, value):
 
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
-warnings.filterwarnings("ignore", message="The given buffer is not writable")
+# A mapping that is written to only in memory, and takes none before it is (Python has no name for Linux's number)
+MAP_PRIVATE_NORESERVE = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
 
 
 def read_safetensors(path):
-    """({name: tensor}, metadata); the tensors lie in a read-only mapping of the file, so nothing is read before it is
-    used and no memory is taken. (The library's own reader maps copy-on-write, which Linux counts as memory: it refuses
+    """({name: tensor}, metadata); the tensors lie in a mapping of the file, so nothing is read before it is used and no
+    memory is taken before it is written to. (Linux counts the library's own mapping as memory at once, and refuses
     Mochi's 40 GB on a machine with less.) Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            data = mmap.mmap(file.fileno(), 0, MAP_PRIVATE_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
         begin = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:begin])
         metadata = header.pop("__metadata__", {})
@@ -370,7 +370,11 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
     with torch.device("meta"):
         decoder = Decoder(
             channels=channels,
-            blocks=[len(children(shapes, first)) - 1, *(len(children(shapes, f"{up}.blocks")) for up in ups), len(last)],
+            blocks=[
+                len(children(shapes, first)) - 1,
+                *(len(children(shapes, f"{up}.blocks")) for up in ups),
+                len(last),
+            ],
             expand=tuple((out // (4 * to), 2, 2) for (out, _), to in zip(linears, channels[1:])),
             latent=shapes["blocks.0.0.weight"][1],
         )
@@ -828,9 +832,12 @@ def load_adapter(dit, path, layers=None):
         raise InputError(f"{path} has ZICA for {count} layers, not for the {len(layers)} named")
     with torch.device("meta"):
         attach(dit, layers, shapes["audio_projection.projection.0.weight"][1], ours.get("heads", 8), ours.get("window"))
-        for name, linear in lora_linears(dit).items():
-            rank = shapes.get(f"{name}.lora_A", (0,))[0]
-            attach_lora(linear, rank, kwargs.get(f"{'qkv' if 'qkv' in name else 'out'}_proj_lora_alpha", rank))
+        for kind, names in (("qkv", ("qkv_x", "qkv_y")), ("out", ("proj_x", "proj_y"))):
+            ranks = [shape[0] for name, shape in shapes.items() if name.endswith(tuple(f"{n}.lora_A" for n in names))]
+            rank = ranks[0] if ranks else 0  # one for all of a kind, so that a file that lacks some does not fit
+            for name, linear in lora_linears(dit).items():
+                if name.endswith(names):
+                    attach_lora(linear, rank, kwargs.get(f"{kind}_proj_lora_alpha", rank))
     fill(dit, path, list(adapter_parameters(dit)), dit.pos_frequencies.device, dit.t5_yproj.weight.dtype)
     return dit
 
@@ -969,7 +976,7 @@ def ffmpeg(*arguments):
     run = subprocess.run([get_ffmpeg_exe(), "-v", "error", "-nostdin", *map(str, arguments)], capture_output=True)
     if run.returncode:
         lines = run.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
-        raise InputError(lines[-1])
+        raise InputError(lines[0])
     return run.stdout
 
 
@@ -983,7 +990,8 @@ def load_audio(path, start=0.0, seconds=None, speed=1.0, rate=SAMPLE_RATE):
         raise InputError(f"no such file: {path}")
     cut = ["-ss", start] if seconds is None else ["-ss", start, "-t", seconds * speed]
     try:
-        wav = ffmpeg("-i", path, *cut, "-map", "0:a:0", "-ar", round(rate / speed), *"-c:a pcm_f32le -f wav -".split())
+        sound = "-map", "0:a:0", "-map_metadata", -1, "-ar", round(rate / speed)
+        wav = ffmpeg("-i", os.path.abspath(path), *cut, *sound, *"-c:a pcm_f32le -f wav -".split())
     except InputError as error:
         what = "has no sound" if "matches no streams" in str(error) else f"cannot be read as audio ({error})"
         raise InputError(f"{path} {what}") from error
@@ -1017,7 +1025,7 @@ def read_frames(path, height, width, fps=30, crop=None):
     x, y, w, h = crop or (0, 0, 1, 1)
     filters = f"fps={fps},crop=iw*{w}:ih*{h}:iw*{x}:ih*{y}"
     filters += f",crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
-    command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", path, "-map", "0:v:0", "-vf",
+    command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", os.path.abspath(path), "-map", "0:v:0", "-vf",
                f"{filters},scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
         while len(frame := run.stdout.read(height * width * 3)) == height * width * 3:
@@ -1039,7 +1047,7 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):
             wav, seconds = os.path.join(folder, "song.wav"), len(frames) / fps
             play = f"aresample=44100,atrim={start}:{start + seconds * speed},asetpts=N/SR/TB"
             play += f",asetrate={round(44100 * speed)},aresample=44100,apad,atrim=0:{seconds}"
-            ffmpeg("-i", song, "-map", "0:a:0", "-af", play, "-ac", 2, wav)
+            ffmpeg("-i", os.path.abspath(song), "-map", "0:a:0", "-af", play, "-ac", 2, wav)
             sound = {"audio_path": wav, "audio_codec": "aac"}
         options = {"codec": "libx264", "pixelformat": "yuv420p", "quality": None, "macro_block_size": 2}
         options |= {"output_params": ["-crf", "16"], "ffmpeg_log_level": "quiet"} | sound

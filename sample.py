@@ -49,11 +49,17 @@ def check_sizes(frames, height, width):
 def free_name(out, stem):
     """The mp4 to write: `out` itself if it names one that does not exist, else a new one in the folder `out`."""
     if out.endswith(".mp4"):
-        if os.path.exists(out):
-            raise mi.InputError(f"{out} exists; name another --out")
+        for path in (out, out.removesuffix(".mp4") + ".json"):
+            if os.path.exists(path):
+                raise mi.InputError(f"{path} exists; name another --out")
         return out
     names = (os.path.join(out, f"{stem}{'' if n == 1 else f'-{n}'}.mp4") for n in range(1, 10**9))
     return next(name for name in names if not os.path.exists(name))
+
+
+def check_width(encoder, found, model, wanted):
+    if found != wanted:
+        raise mi.InputError(f"{encoder} gives {found} features a token, but {model} takes {wanted}: no fit")
 
 
 def check_writable(out):
@@ -67,7 +73,8 @@ def check_writable(out):
 
 
 def slug(text, length=60):
-    return re.sub(r"[^\w]+", "-", text.lower()).strip("-")[:length].strip("-") or "empty"
+    text = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
+    return text.encode()[:length].decode(errors="ignore").strip("-") or "empty"  # file names end at 255 bytes
 
 
 def peak_memory(device):
@@ -98,12 +105,15 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     natural = dit.natural
     frames = natural.frames if frames is None else frames
     height, width = size or (natural.height, natural.width)
-    steps, cfg = steps or natural.steps, natural.cfg if cfg is None else cfg
+    steps = natural.steps if steps is None else steps
+    cfg = natural.cfg if cfg is None else cfg
     music_cfg = (natural.music_cfg if adapter else 0.0) if music_cfg is None else music_cfg
     check_sizes(frames, height, width)
     sigmas = mi.linear_quadratic_schedule(steps)
     if skip and not 0 <= min(skip) <= max(skip) < len(dit.blocks):
         raise mi.InputError(f"--skip takes layers from 0 to {len(dit.blocks) - 1}, not {list(skip)}")
+    if not all(0 <= seed < 2**63 for seed in seeds):
+        raise mi.InputError("--seed must be from 0 to 2^63 - 1")
     if start < 0 or not 0.1 <= speed <= 10:
         raise mi.InputError("--start must not be negative, and --speed must be from 0.1 to 10")
     if adapter:
@@ -118,15 +128,17 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
 
     print(f"weights  {weights}, adapter {adapter or 'none'}")
     print(f"device   {device}, {str(dtype).removeprefix('torch.')}")
-    print(
-        f"video    {height}x{width}, {frames} frames at {natural.fps} fps, {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}"
-    )
+    print(f"video    {height}x{width}, {frames} frames at {natural.fps} fps")
+    print(f"solver   {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}")
     print(f"song     {song} from {start:g} s at speed {speed:g}")
     if heard < frames / natural.fps:
         print(f"the song ends after {heard:.1f} s of the video; silence follows")
 
     text, null = mi.encode_text(weights, [prompt, negative], device, dtype)
     audio = mi.AudioEncoder(weights, device)(waveform) if adapter else None
+    check_width("text_encoder", text[0].shape[-1], path("dit.safetensors"), dit.t5_yproj.in_features)
+    if adapter:
+        check_width("audio_encoder", audio.shape[-1], adapter, dit.audio_projection.projection[0].in_features)
     dit = mi.load_dit(path("dit.safetensors"), device, dtype)
     if adapter:
         mi.load_adapter(dit, adapter)

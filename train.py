@@ -326,17 +326,15 @@ class Run:
 
     def load(self, dit, optimiser):
         """Back to the last save; returns its step, 0 for a new run."""
-        if not os.path.exists(self.path("state.safetensors")):
-            return 0
-        tensors, metadata = mi.read_safetensors(self.path("state.safetensors"))
-        step = int(metadata["step"])
-        for k, p in mi.adapter_parameters(dit).items():
-            p.data.copy_(tensors[f"parameter.{k}"])
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{k}" in tensors]
-            if keys:  # "step" stays on the CPU
-                optimiser.state[p] = {
-                    k2: tensors[f"{k2}.{k}"].clone().to("cpu" if k2 == "step" else p.device) for k2 in keys
-                }
+        step = 0
+        if os.path.exists(self.path("state.safetensors")):
+            tensors, metadata = mi.read_safetensors(self.path("state.safetensors"))
+            step = int(metadata["step"])
+            for k, p in mi.adapter_parameters(dit).items():
+                p.data.copy_(tensors[f"parameter.{k}"])
+                if f"exp_avg.{k}" in tensors:  # absent for a parameter that never had a gradient
+                    moments = {key: tensors[f"{key}.{k}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+                    optimiser.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in moments.items()}
         lines = open(self.path("log.jsonl")).read().splitlines() if os.path.exists(self.path("log.jsonl")) else []
         whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
         with mi.written_whole(self.path("log.jsonl")) as temporary, open(temporary, "w") as file:
