@@ -860,10 +860,15 @@ def make_data(folder="toy", aist=320, wild=320, seed=5):
         mi.save_video(f"{folder}/{kind}/{name}.mp4", video, FPS, song, start)
 
 
+ADAPTER = dict(
+    steps=400, batch=14, lr=2e-3, rank=16, layers="all", window=0, beta=1.0, audio_dropout=0.1, dtype="bfloat16"
+)
+
+
 def make_adapter(folder="toy", **options):
     """By train.py, at the settings that the README gives for a laptop; shipped as bfloat16."""
-    options = dict(steps=400, batch=14, lr=2e-3, rank=16, layers="all", window=0, beta=1.0, audio_dropout=0.1) | options
-    path = train.train(f"{folder}/aist", wild=f"{folder}/wild", weights=HERE, out=f"{WORK}/adapter", **options)
+    options = dict(ADAPTER, weights=HERE, out=f"{WORK}/adapter") | options
+    path = train.train(f"{folder}/aist", wild=f"{folder}/wild", **options)
     tensors, metadata = mi.read_safetensors(path)
     mi.save_safetensors(f"{HERE}/musicinfuser.safetensors", mi.shrunk(tensors), metadata)
 
@@ -924,6 +929,14 @@ def contact_sheet(path, films, every=6, scale=2):
         imageio.imwrite(temporary, np.concatenate(rows, 0).repeat(scale, 0).repeat(scale, 1), format="png")
 
 
+def moving_picture(path, films, columns=4, scale=2):
+    """A GIF of films side by side, 15 frames a second."""
+    rows = [np.concatenate(list(films[i : i + columns]), 2) for i in range(0, len(films), columns)]
+    frames = np.concatenate(rows, 1)[::2].repeat(scale, 1).repeat(scale, 2)
+    with mi.written_whole(path) as temporary:
+        imageio.mimsave(temporary, list(frames), format="GIF", duration=1000 * 2 / FPS, loop=0)
+
+
 def unseen_songs(count):
     """[(file, tempo, start)] of songs that no stage was trained on, one genre after another, tempos 72 to 150 BPM, so
     that three quarters and five quarters of them lie within what was seen."""
@@ -953,7 +966,7 @@ def follows(films, songs, speed=1.0):
 
 def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors", quick=False):
     """The figures of README's table."""
-    studio = Studio(adapter)
+    studio = Studio(adapter, dtype=torch.bfloat16)
     songs = unseen_songs(count)
     rng = np.random.default_rng(7)
     described = lambda subject: [  # noqa: E731
@@ -974,8 +987,9 @@ def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors", quick=Fals
 
     films = row(f"people (cfg {n.cfg:g}, music cfg {n.music_cfg:g})", people)
     contact_sheet(f"{WORK}/people.png", films[:16])
-    films = row("dogs", dogs)
-    contact_sheet(f"{WORK}/dogs.png", films[:16])
+    more = row("dogs", dogs)
+    contact_sheet(f"{WORK}/dogs.png", more[:16])
+    moving_picture(f"{WORK}/dancing.gif", [*films[:4], *more[:4]])
     if quick:
         return
     row("people, no music: the adapter without ZICA", people, silent=True)
