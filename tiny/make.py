@@ -667,7 +667,7 @@ def rough(samples, rng):
     return samples
 
 
-def make_audio(steps=1200, batch=24, seed=3, songs=500):
+def make_audio(steps=700, batch=24, seed=3, songs=500):
     from transformers import Wav2Vec2Config, Wav2Vec2FeatureExtractor, Wav2Vec2Model
 
     torch.manual_seed(seed)
