@@ -158,6 +158,18 @@ def made(weights, song, tmp_path_factory):
     return command(song, PROMPT, "--seed", 0, 1, "--weights", weights, "--out", out), out
 
 
+def test_the_readmes_first_command(tmp_path):
+    tiny = os.path.join(HERE, "tiny")
+    run = command(os.path.join(tiny, "song.wav"), "a dog dancing", "--weights", tiny, "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    path = tmp_path / "song-a-dog-dancing-0.mp4"
+    frames, fps, sound = watch(path)
+    assert frames.shape == (73, 64, 64, 3) and fps == 30
+    assert f"weights  {tiny}" in run.stdout and str(path) in run.stdout
+    assert np.abs(np.diff(frames.astype(float), axis=0)).mean() > 0.3  # of 255: something moves, and ...
+    assert np.abs(sound).max() > 0.1  # ... there is music
+
+
 def test_command_line_writes_a_video_and_its_recipe_for_each_seed(made, weights, song):
     result, out = made
     assert result.returncode == 0, result.stderr
