@@ -953,7 +953,8 @@ class AudioEncoder:
     def __init__(self, weights, device="cpu"):
         folder = os.path.join(weights, "audio_encoder")
         self.prepare = from_pretrained("Wav2Vec2FeatureExtractor", folder)  # zero mean, unit variance
-        self.wav2vec = from_pretrained("Wav2Vec2Model", folder, use_safetensors=True).to(device).eval()
+        wav2vec = from_pretrained("Wav2Vec2Model", folder, dtype=torch.float32, use_safetensors=True)
+        self.wav2vec = wav2vec.to(device).eval()
 
     @torch.no_grad()
     def __call__(self, waveform):

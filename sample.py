@@ -20,7 +20,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def default_weights():
     """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
     folder = os.path.join(HERE, "weights")
-    return folder if os.path.exists(os.path.join(folder, "dit.safetensors")) else os.path.join(HERE, "tiny")
+    folder = folder if os.path.exists(os.path.join(folder, "dit.safetensors")) else os.path.join(HERE, "tiny")
+    return os.path.relpath(folder)
 
 
 def choose_device(device=None, dtype=None):
