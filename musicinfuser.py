@@ -77,7 +77,15 @@ def save_safetensors(path, tensors, metadata=None):
             save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
         except SafetensorError as error:  # a full disk comes as this
             raise OSError(str(error)) from error
-        os.chmod(temporary, 0o644)  # safetensors keeps its files to their owner
+        with open(temporary, "r+b") as file:  # the library's order of metadata is random
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+            header["__metadata__"] = dict(sorted((metadata or {}).items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if metadata and len(text) <= size:
+                file.seek(8)
+                file.write(text.ljust(size))
+        os.chmod(temporary, 0o644)  # the library keeps its files to their owner
 
 
 def save_json(path, value):

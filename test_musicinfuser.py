@@ -789,7 +789,7 @@ def test_a_run_folder_of_another_run_is_refused(weights, dance_videos, tmp_path)
 
 @pytest.mark.parametrize("options", [dict(adapter="add"), dict(random_init=True), dict(window=0, audio_dropout=0.5), dict(beta=1.0)])
 def test_the_ablations_train_and_load(weights, dance_videos, tmp_path, options):
-    path = train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=3, layers="last", top=2, rank=2,
+    path = train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=8, layers="last", top=2, rank=2,
                        lr=0.01, out=str(tmp_path / "run"), **options)  # fmt: skip
     dit = mi.load_adapter(mi.load_dit(weights / "dit.safetensors"), path)
     assert dit.audio_layers == [1, 2] and dit.window == options.get("window")
