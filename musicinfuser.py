@@ -2,8 +2,8 @@
 
 Mochi's diffusion transformer and video VAE, the zero-initialised cross-attention to music (ZICA) and the LoRA
 that adapt it, the noise schedules, guidance and ODE solver, the text and music encoders, and the files.
-Top to bottom:   files | video VAE | diffusion transformer | ZICA and LoRA | noise, loss, guidance, solver |
-                 text and music | video and sound
+Top to bottom:   files | device and sizes | video VAE | diffusion transformer | ZICA and LoRA |
+                 noise, loss, guidance, solver | text and music | video and sound
 
 Shapes in the comments:
     B batch     T latent frames, 1 + (frames - 1) / 6     H, W latent height and width, pixels / 8     C channels
@@ -20,9 +20,11 @@ import math
 import mmap
 import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -152,6 +154,51 @@ def fill(module, path, names, device, dtype):
         tensor = tensors[name].to(device, dtype if matrix else torch.float32)
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     return module.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What every run begins with: which weights, which device, which sizes
+# ------------------------------------------------------------------------------------------------------------------
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_weights():
+    """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    folder = os.path.join(here, "weights")
+    folder = folder if os.path.exists(os.path.join(folder, "dit.safetensors")) else os.path.join(here, "tiny")
+    return os.path.relpath(folder)
+
+
+def choose_device(device=None, dtype=None):
+    """("cuda" where there is one, else "cpu"; bfloat16 on a GPU, else float32), unless told otherwise."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"no device {device} here ({str(error).splitlines()[0]}); try --device cpu") from error
+    if dtype is None:
+        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
+    return device, DTYPES[dtype]
+
+
+def check_sizes(frames, height, width):
+    if frames < 1 or frames % 6 != 1:
+        low = max((frames - 1) // 6 * 6 + 1, 1)
+        raise InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
+    if height < 16 or width < 16 or height % 16 or width % 16:
+        raise InputError(f"height and width must be multiples of 16, not {height}x{width}")
+
+
+def peak_memory(device):
+    """Gigabytes: of the GPU, else of the process."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 # ------------------------------------------------------------------------------------------------------------------

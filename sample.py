@@ -3,48 +3,13 @@
 import argparse
 import os
 import re
-import resource
 import tempfile
 import time
-import warnings
 
 import torch
 from tqdm import tqdm
 
 import musicinfuser as mi
-
-HERE = os.path.dirname(os.path.abspath(__file__))
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def default_weights():
-    """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
-    folder = os.path.join(HERE, "weights")
-    folder = folder if os.path.exists(os.path.join(folder, "dit.safetensors")) else os.path.join(HERE, "tiny")
-    return os.path.relpath(folder)
-
-
-def choose_device(device=None, dtype=None):
-    """("cuda" where there is one, else "cpu"; bfloat16 on a GPU, else float32), unless told otherwise."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            torch.empty(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise mi.InputError(f"no device {device} here ({str(error).splitlines()[0]}); try --device cpu") from error
-    if dtype is None:
-        dtype = "float32" if torch.device(device).type == "cpu" else "bfloat16"
-    return device, DTYPES[dtype]
-
-
-def check_sizes(frames, height, width):
-    if frames < 1 or frames % 6 != 1:
-        low = max((frames - 1) // 6 * 6 + 1, 1)
-        raise mi.InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
-    if height < 16 or width < 16 or height % 16 or width % 16:
-        raise mi.InputError(f"height and width must be multiples of 16, not {height}x{width}")
 
 
 def free_name(out, stem):
@@ -78,13 +43,6 @@ def slug(text, length=60):
     return text.encode()[:length].decode(errors="ignore").strip("-") or "empty"  # file names end at 255 bytes
 
 
-def peak_memory(device):
-    """Gigabytes: of the GPU, else of the process."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
 def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None, steps=None, cfg=None, music_cfg=None,
              skip=(), skip_scale=1.0, negative="", seeds=(0,), start=0.0, speed=1.0, out="outputs", device=None,
              dtype=None):  # fmt: skip
@@ -95,8 +53,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     speed: the song's, for the model and in the file. out: a folder or an .mp4. Raises musicinfuser.InputError.
     """
     began = time.time()
-    weights = weights or default_weights()
-    device, dtype = choose_device(device, dtype)
+    weights = weights or mi.default_weights()
+    device, dtype = mi.choose_device(device, dtype)
     path = lambda name: os.path.join(weights, name)  # noqa: E731
     adapter = adapter or path("musicinfuser.safetensors")
     adapter = None if adapter == "none" else adapter
@@ -109,7 +67,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     steps = natural.steps if steps is None else steps
     cfg = natural.cfg if cfg is None else cfg
     music_cfg = (natural.music_cfg if adapter else 0.0) if music_cfg is None else music_cfg
-    check_sizes(frames, height, width)
+    mi.check_sizes(frames, height, width)
     sigmas = mi.linear_quadratic_schedule(steps)
     if skip and not 0 <= min(skip) <= max(skip) < len(dit.blocks):
         raise mi.InputError(f"--skip takes layers from 0 to {len(dit.blocks) - 1}, not {list(skip)}")
@@ -163,7 +121,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
         }  # fmt: skip
         mi.save_json(paths[-1][: -len(".mp4")] + ".json", recipe)
         print(paths[-1])
-    print(f"{time.time() - began:.1f} s, peak memory {peak_memory(device):.2f} GB")
+    print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(device):.2f} GB")
     return paths
 
 
@@ -194,7 +152,7 @@ def main():
     add("--speed", type=float, default=1.0, help="1.25 plays the song faster, pitch rising")
     add("--out", default="outputs", help="a folder, or an .mp4 (default outputs/)")
     add("--device", help="cuda, cpu, ...; default: cuda if there is one")
-    add("--dtype", choices=list(DTYPES), help="default: bfloat16 on a GPU, else float32")
+    add("--dtype", choices=list(mi.DTYPES), help="default: bfloat16 on a GPU, else float32")
     options = vars(parser.parse_args())
     options["seeds"] = options.pop("seed")
     generate(options.pop("song"), options.pop("prompt"), **options)

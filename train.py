@@ -18,7 +18,6 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import musicinfuser as mi
-from sample import DTYPES, check_sizes, choose_device, default_weights, peak_memory
 
 # ------------------------------------------------------------------------------------------------------------------
 # AIST, by its file names
@@ -384,9 +383,9 @@ def train(data, **options):
     settings = {name: default for name, (default, *_) in OPTIONS.items()} | options
     for name in ("warmup", "half_life"):
         settings[name] = max(settings["steps"] // 20, 1) if settings[name] is None else settings[name]
-    settings["weights"] = weights = settings["weights"] or default_weights()
+    settings["weights"] = weights = settings["weights"] or mi.default_weights()
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device, dtype = choose_device(settings["device"], settings["dtype"])
+    device, dtype = mi.choose_device(settings["device"], settings["dtype"])
     if world > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -396,7 +395,7 @@ def train(data, **options):
 
     dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype)
     natural = dit.natural
-    check_sizes(natural.frames, natural.height, natural.width)
+    mi.check_sizes(natural.frames, natural.height, natural.width)
     layers = pick_layers(settings["layers"], len(dit.blocks), weights, settings["top"])
     run = Run(settings["out"], {"data": data} | settings | {"layers": layers})
     say(f"weights  {weights}")
@@ -477,7 +476,7 @@ def train(data, **options):
             shown["gap"] = line["wrong_0.75"] - line["right_0.75"]
         shown["loss"] = 0.95 * shown.get("loss", line["loss"]) + 0.05 * line["loss"]
         bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in shown.items()), refresh=False)
-        run.log(line | {"seconds": time.time() - last, "memory_gb": peak_memory(device)})
+        run.log(line | {"seconds": time.time() - last, "memory_gb": mi.peak_memory(device)})
         if (step + 1) % settings["save_every"] == 0 or step + 1 == settings["steps"]:
             run.save(dit, optimiser, step + 1)
         if settings["sample_every"] and (step + 1) % settings["sample_every"] == 0 and held_out:
@@ -486,7 +485,7 @@ def train(data, **options):
         dist.barrier()
         dist.destroy_process_group()
     say(
-        f"{run.path('musicinfuser.safetensors')}: {time.time() - began:.0f} s, peak memory {peak_memory(device):.2f} GB"
+        f"{run.path('musicinfuser.safetensors')}: {time.time() - began:.0f} s, peak memory {mi.peak_memory(device):.2f} GB"
     )
     return run.path("musicinfuser.safetensors")
 
@@ -512,7 +511,7 @@ def main():
     for name, (default, kind, text) in OPTIONS.items():
         how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
         if name in ("adapter", "dtype"):
-            how["choices"] = ("zica", "add") if name == "adapter" else list(DTYPES)
+            how["choices"] = ("zica", "add") if name == "adapter" else list(mi.DTYPES)
         shown = "" if default in (None, False) else f" (default {default})"
         parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **how)
     options = vars(parser.parse_args())

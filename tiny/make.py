@@ -777,8 +777,8 @@ class Captions:
         return self.t5(**tokens).last_hidden_state, tokens.attention_mask.bool()
 
 
-def make_prior(steps=1300, seed=4):
-    short, scenes = latents_of(2000, FRAMES, seed)
+def make_prior(steps=3600, seed=4):
+    short, scenes = latents_of(5000, FRAMES, seed)
     long, long_scenes = latents_of(240, 271, seed + 100)
     mean, std = short.mean((0, 2, 3, 4)), short.std((0, 2, 3, 4))
     short, long = mi.to_dit_space(short, mean, std), mi.to_dit_space(long, mean, std)
