@@ -21,11 +21,12 @@ import mmap
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 
 import imageio
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from imageio_ffmpeg import count_frames_and_secs, get_ffmpeg_exe
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -51,8 +53,12 @@ def main(function):
     """Run a script's `function()`: an InputError, a full disk or Ctrl-C end it with one line and a non-zero exit."""
     try:
         function()
-    except (InputError, OSError, torch.OutOfMemoryError) as error:
-        sys.exit("error: " + " ".join(str(error).split())[:600])
+    except (InputError, OSError, MemoryError, RuntimeError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if type(error) is RuntimeError and not out_of_memory:
+            raise
+        hint = "; --offload, fewer frames or a smaller size take less" if out_of_memory else ""
+        sys.exit("error: " + " ".join(str(error).split())[:600] + hint)
     except KeyboardInterrupt:
         sys.exit("stopped")
 
@@ -99,18 +105,21 @@ def save_json(path, value):
 SAFETENSORS_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
                       "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}  # fmt: skip
 # A mapping that is written to only in memory, and takes none before it is (Python has no name for Linux's number)
+READ_AND_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 MAP_PRIVATE_NORESERVE = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
 
 
-def read_safetensors(path):
+def read_safetensors(path, readonly=False):
     """({name: tensor}, metadata); the tensors lie in a mapping of the file, so nothing is read before it is used and no
     memory is taken before it is written to. (Linux counts the library's own mapping as memory at once, and refuses
-    Mochi's 40 GB on a machine with less.) Raises InputError."""
+    Mochi's 40 GB on a machine with less.) readonly: no limit counts the mapping, and writing to it ends the process.
+    Raises InputError."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
         with open(path, "rb") as file:
-            data = mmap.mmap(file.fileno(), 0, MAP_PRIVATE_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+            how = (mmap.MAP_SHARED, mmap.PROT_READ) if readonly else (MAP_PRIVATE_NORESERVE, READ_AND_WRITE)
+            data = mmap.mmap(file.fileno(), 0, *how)
         begin = 8 + int.from_bytes(data[:8], "little")
         header = json.loads(data[8:begin])
         metadata = header.pop("__metadata__", {})
@@ -120,7 +129,8 @@ def read_safetensors(path):
             if begin + last > len(data) or last - first != math.prod(entry["shape"]) * dtype.itemsize:
                 raise ValueError(f"{name} is not all there")
             count = math.prod(entry["shape"])
-            flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + first) if count else torch.empty(0)
+            with warnings.catch_warnings(action="ignore"):  # that it is read-only, where it is
+                flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + first) if count else torch.empty(0)
             tensors[name] = flat.to(dtype).view(entry["shape"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a whole safetensors file ({error}); fetch or make it again") from error
@@ -138,20 +148,24 @@ def check_names(path, found, wanted):
             raise InputError(f"{path} has {name} of shape {list(found[name])}, where {list(shape)} fits")
 
 
-def fill(module, path, names, device, dtype):
+def fill(module, path, names, device, dtype, host=()):
     """Read `names` from `path` into a module on the meta device, one tensor at a time, frozen.
 
     The weights of Linear and Conv layers and the adapter's become `dtype`; norms and rope frequencies stay float32.
-    A tensor that needs no conversion stays mapped in its file. device="meta" reads the shapes only.
+    A tensor that needs no conversion stays mapped in its file. device="meta" reads the shapes only. Names that begin
+    with `host` stay where Offload takes them from: pinned memory for a GPU, else the file.
     """
-    tensors, _ = read_safetensors(path)
+    tensors, _ = read_safetensors(path, readonly=bool(host))
     wanted = {name: module.get_parameter(name).shape for name in names}
     check_names(path, {name: tensor.shape for name, tensor in tensors.items()}, wanted)
     for name in names if torch.device(device).type != "meta" else ():
         owner, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner)
-        matrix = isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d))
-        tensor = tensors[name].to(device, dtype if matrix else torch.float32)
+        kind = dtype if isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d)) else torch.float32
+        if not name.startswith(host):
+            tensor = tensors[name].to(device, kind)
+        else:
+            tensor = tensors[name].to(kind).pin_memory() if torch.device(device).type == "cuda" else tensors[name]
         setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
     return module.requires_grad_(False)
 
@@ -267,8 +281,12 @@ class AttentionBlock(nn.Module):
         self.norm = GroupNorm(channels)
         self.attn = TemporalAttention(channels)
 
-    def forward(self, x):
-        return x + self.attn(self.norm(x))
+    def forward(self, x, numbers=2**23):  # all frames of a few rows of pixels at a time: keys and values are large
+        normed, out = self.norm(x), torch.empty_like(x)
+        rows = max(1, numbers // x[:, :, :, 0].numel())
+        for i in range(0, x.shape[3], rows):
+            out[:, :, :, i : i + rows] = x[:, :, :, i : i + rows] + self.attn(normed[:, :, :, i : i + rows])
+        return out
 
 
 class ResBlock(nn.Module):
@@ -277,13 +295,13 @@ class ResBlock(nn.Module):
         conv = lambda: CausalConv3d(channels, channels, 3)  # noqa: E731
         self.stack = nn.Sequential(GroupNorm(channels), nn.SiLU(), conv(), GroupNorm(channels), nn.SiLU(), conv())
         if attention:
-            self.attn_block = AttentionBlock(channels)
+            self.attn_block = AttentionBlock(channels)  # the encoder applies it, to all frames
 
     def forward(self, x, past=None):
         h = x
         for layer in self.stack:
             h = layer(h, past) if isinstance(layer, CausalConv3d) else layer(h)
-        return self.attn_block(x + h) if hasattr(self, "attn_block") else x + h
+        return x + h
 
 
 class DownBlock(nn.Module):
@@ -291,11 +309,6 @@ class DownBlock(nn.Module):
         super().__init__()
         down = CausalConv3d(channels, to, stride, stride=stride)
         self.layers = nn.ModuleList([down] + [ResBlock(to, attention) for _ in range(blocks)])
-
-    def forward(self, x):
-        for layer in self.layers:
-            x = layer(x)
-        return x
 
 
 class Encoder(nn.Module):
@@ -317,12 +330,34 @@ class Encoder(nn.Module):
         self.output_norm = GroupNorm(channels[-1])
         self.output_proj = nn.Linear(channels[-1], 2 * latent, bias=False)
 
-    def forward(self, video):
-        x = pointwise(self.layers[0], fourier_features(video)).contiguous(memory_format=torch.channels_last_3d)
+    def forward(self, video, chunk=4):
+        """chunk: frames at once; the result does not depend on it, the peak memory does."""
+        x, stretch = video, [self.embed]
         for layer in self.layers[1:]:
-            x = layer(x)
-        x = pointwise(self.output_proj, F.silu(self.output_norm(x)))
+            for layer in getattr(layer, "layers", [layer]):
+                stretch.append(layer)
+                if hasattr(layer, "attn_block"):  # up to here frames can come in pieces, attention needs them all
+                    x, stretch = layer.attn_block(in_pieces(stretch, x, chunk)), []
+        x = in_pieces([*stretch, self.project], x, chunk)
         return x.float().chunk(2, dim=1)
+
+    def embed(self, video, past):
+        return pointwise(self.layers[0], fourier_features(video)).contiguous(memory_format=torch.channels_last_3d)
+
+    def project(self, x, past):
+        return pointwise(self.output_proj, F.silu(self.output_norm(x)))
+
+
+def in_pieces(layers, x, chunk):
+    """The layers' output for x (B,C,T,H,W), with T = 6k+1 at first, that goes through them in pieces of 1 + n, n, n, ...
+    frames; n is about `chunk`, and a multiple of the stride in time."""
+    stride = math.prod(layer.stride[0] for layer in layers if isinstance(layer, CausalConv3d))
+    n, past, outputs = stride * max(1, chunk // stride), {}, []
+    for piece in x.tensor_split(list(range(1 + n, x.shape[2], n)), 2):
+        for layer in layers:
+            piece = layer(piece, past)
+        outputs.append(piece)
+    return torch.cat(outputs, 2)
 
 
 def fourier_features(video):  # (B, 3, T, H, W) -> (B, 15, T, H, W): the pixels, their sines, their cosines
@@ -386,7 +421,7 @@ def children(shapes, prefix):  # ["layers.0", "layers.1", ...]: the numbered mem
 
 
 def shapes_of(path, kind, *needed):  # ({name: shape}, metadata) of a file that is of that kind
-    tensors, metadata = read_safetensors(path)
+    tensors, metadata = read_safetensors(path, readonly=True)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     for name in needed:
         if name not in shapes:
@@ -651,6 +686,7 @@ class DiT(nn.Module):
     def __init__(self, depth, width, text_width, heads, t5_width, hidden_x=None, hidden_y=None, channels=12, patch=2):
         super().__init__()
         self.width, self.patch, self.natural, self.checkpointing = width, patch, Natural(), False
+        self.memory = self.fetch = None  # see one_video and Offload
         self.x_embedder = PatchEmbed(channels, width, patch)
         self.t_embedder = TimestepEmbed(width)
         self.t5_y_embedder = AttentionPool(t5_width, width)
@@ -664,31 +700,57 @@ class DiT(nn.Module):
         self.audio_cross_attn_blocks = nn.ModuleList()  # one for each of audio_layers
 
     def forward(self, x, sigma, y_feat, y_mask, audio=None, skip=()):
-        assert audio is None or self.audio_layers, "nothing to hear with: call infuse or load_adapter first"
         t, h, w = x.shape[2], x.shape[3] // self.patch, x.shape[4] // self.patch
-        y_feat, y_mask = pack_text(y_feat.to(self.t5_yproj.weight.dtype), y_mask)
-        c = F.silu(self.t_embedder(sigma) + self.t5_y_embedder(y_feat, y_mask))[:, None]  # (B, 1, D)
-        x, y = self.x_embedder(x), self.t5_yproj(y_feat)  # (B, N, D), (B, L, Dy)
-        rope = rope_angles(self.pos_frequencies, t, h, w)
-        mask = None if y_mask.all() else F.pad(y_mask, (x.shape[1], 0), value=True)[:, None, None]
-        if audio is not None:
-            audio = self.audio_projection(audio.to(x.dtype), t)  # (B or 1, T, D)
+        rope = self.once((t, h, w), lambda: rope_angles(self.pos_frequencies, t, h, w))
+        given = lambda: self.given(t, y_feat, y_mask, audio)  # noqa: E731
+        y, mask, pooled, heard = self.once((t, id(y_feat), id(y_mask), id(audio)), given)
+        c = F.silu(self.t_embedder(sigma) + pooled)[:, None]  # (B, 1, D)
+        x = self.x_embedder(x)  # (B, N, D)
+        mask = None if mask.all() else F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
         for i in range(len(self.blocks)):
             if i not in skip:
                 layer = self.layer if not (self.checkpointing and torch.is_grad_enabled()) else self.layer_again
-                x, y = layer(i, x, y, c, rope, mask, audio)
+                x, y = layer(i, x, y, c, rope, mask, heard.get(i))
         x = self.final_layer(x, c).float()
         x = x.unflatten(1, (t, h, w)).unflatten(-1, (self.patch, self.patch, -1))  # (B, T, h, w, p1, p2, C)
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-    def layer(self, i, x, y, c, rope, mask, audio):
-        x, y = self.blocks[i](x, y, c, rope, mask)
-        if audio is not None and i in self.audio_layers:
-            x = self.audio_cross_attn_blocks[self.audio_layers.index(i)](x, audio, self.window)
+    def given(self, t, y_feat, y_mask, audio):
+        """What follows from text and music alone: (B, L, Dy), (B, L), (B, D), {layer: what its ZICA hears}."""
+        assert audio is None or self.audio_layers, "nothing to hear with: call infuse or load_adapter first"
+        y_feat, y_mask = pack_text(y_feat.to(self.t5_yproj.weight.dtype), y_mask)
+        heard = {}
+        if audio is not None:
+            audio = self.audio_projection(audio.to(y_feat.dtype), t)  # (B or 1, T, D)
+            heard = {i: block.listen(audio) for i, block in zip(self.audio_layers, self.audio_cross_attn_blocks)}
+        return self.t5_yproj(y_feat), y_mask, self.t5_y_embedder(y_feat, y_mask), heard
+
+    def once(self, key, function):  # in one_video, which is when there is a memory
+        if self.memory is None:
+            return function()
+        if key not in self.memory:
+            self.memory[key] = function()
+        return self.memory[key]
+
+    def layer(self, i, x, y, c, rope, mask, heard):
+        block, arguments = self.blocks[i], (x, y, c, rope, mask)
+        x, y = functional_call(block, self.fetch(i), arguments) if self.fetch else block(*arguments)
+        if heard is not None:
+            x = self.audio_cross_attn_blocks[self.audio_layers.index(i)](x, heard, self.window)
         return x, y
 
     def layer_again(self, *arguments):  # computed anew in the backward pass, so that only its input is kept
-        return checkpoint(self.layer, *arguments, use_reentrant=False)
+        offload = self.fetch and self.fetch.stream
+        with torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext():
+            return checkpoint(self.layer, *arguments, use_reentrant=False)
+
+
+def compile_blocks(dit):
+    """Each block compiled when it is first used. Raises InputError where there is no C++ compiler for a CPU's."""
+    if dit.pos_frequencies.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("compiling for the CPU takes g++, which is not installed; leave out --compile")
+    for block in dit.blocks:
+        block.compile(dynamic=True)
 
 
 def pack_text(y_feat, y_mask):
@@ -699,11 +761,11 @@ def pack_text(y_feat, y_mask):
     return y_feat.gather(1, order[..., None].expand(-1, -1, y_feat.shape[-1])), y_mask.gather(1, order)
 
 
-def load_dit(path, device="cpu", dtype=torch.float32):
+def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
     """Mochi's transformer from genmo's dit.safetensors, sizes read off the shapes; frozen, strict both ways.
 
     dtype is that of the matrices; norms and rope frequencies stay float32. device="meta" reads shapes only.
-    Raises InputError for a file that is missing, cut short or not such a model.
+    offload: the blocks stay in host memory or in the file, see Offload; the outputs are the same bit for bit. Raises InputError for a file that is missing, cut short or not such a model.
     """
     needed = ("pos_frequencies", "x_embedder.proj.weight", "t5_yproj.weight", "blocks.0.mlp_x.w2.weight")
     shapes, metadata = shapes_of(path, "a Mochi transformer", *needed)
@@ -722,7 +784,41 @@ def load_dit(path, device="cpu", dtype=torch.float32):
             patch=patch,
         )
     dit.natural = Natural(**json.loads(metadata.get("natural", "{}")))
-    return fill(dit, path, list(dit.state_dict()), device, dtype)
+    if offload:
+        dit.fetch = Offload(dit.blocks, torch.device(device), dtype)
+    return fill(dit, path, list(dit.state_dict()), device, dtype, ("blocks.",) if offload else ())
+
+
+class Offload:
+    """Frozen blocks whose weights stay in (pinned) host memory, or in their file; fetch(i) -> {name: weight} for use.
+
+    On a GPU the next block is copied while this one computes, on a stream of its own; two are there at a time. On a
+    CPU a block is converted from the file when it is used, and nothing is kept.
+    """
+
+    def __init__(self, blocks, device, dtype):
+        self.blocks, self.device, self.dtype = blocks, device, dtype
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.last, self.ahead = 0, {}  # the block fetched last; {the one after it: its weights}
+
+    def copy(self, i):
+        weights = {k: p for k, p in self.blocks[i].named_parameters() if "lora_" not in k}
+        kind = lambda k: torch.float32 if "norm" in k else self.dtype  # noqa: E731
+        return {k: p.detach().to(self.device, kind(k), non_blocking=True) for k, p in weights.items()}
+
+    def __call__(self, i):
+        if self.stream is None:
+            return self.copy(i)
+        n, compute = len(self.blocks), torch.cuda.current_stream(self.device)
+        compute.synchronize()  # so the weights before these are free, and no more than two blocks are ever there
+        with torch.cuda.stream(self.stream):
+            weights = self.ahead.get(i) or self.copy(i)
+            compute.wait_stream(self.stream)
+            after = (i + 1 if (i - self.last) % n == 1 else i - 1) % n  # backward goes from the last to the first
+            self.last, self.ahead = i, {after: self.copy(after)}
+        for weight in weights.values():
+            weight.record_stream(compute)
+        return weights
 
 
 def save_dit(dit, path, dtype=torch.bfloat16):
@@ -772,11 +868,14 @@ class ZICA(nn.Module):
     def split(self, x):  # (B, tokens, D) -> (B, nh, tokens, hd)
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x, audio, window=None):  # x (B, N, D), audio (B or 1, T, D)
-        k, v = (self.split(to(audio)).expand(len(x), -1, -1, -1) for to in (self.to_k, self.to_v))
+    def listen(self, audio):  # (B or 1, T, D) -> keys and values
+        return self.split(self.to_k(audio)), self.split(self.to_v(audio))
+
+    def forward(self, x, heard, window=None):  # x (B, N, D), heard: of self.listen
+        k, v = (tokens.expand(len(x), -1, -1, -1) for tokens in heard)
         mask = None
         if window is not None:  # a latent frame hears only the music within `window` latent frames of it
-            t = torch.arange(audio.shape[1], device=x.device)
+            t = torch.arange(k.shape[2], device=x.device)
             mask = ((t[:, None] - t).abs() <= window).repeat_interleave(x.shape[1] // len(t), 0)  # (N, T)
         o = F.scaled_dot_product_attention(self.split(self.to_q(x)), k, v, mask)
         return x + self.to_out(o.transpose(1, 2).flatten(2))
@@ -789,8 +888,11 @@ class FeatureAddition(nn.Module):
         super().__init__()
         self.to_out = Linear(width, width)
 
-    def forward(self, x, audio, window=None):  # as ZICA's
-        return x + self.to_out(audio).repeat_interleave(x.shape[1] // audio.shape[1], 1)
+    def listen(self, audio):  # (B or 1, T, D)
+        return self.to_out(audio)
+
+    def forward(self, x, heard, window=None):  # x (B, N, D)
+        return x + heard.repeat_interleave(x.shape[1] // heard.shape[1], 1)
 
 
 def choose_layers(choice, depth, count=None):
@@ -947,18 +1049,29 @@ def sample(dit, noise, text, null, audio=None, *, sigmas, cfg=6.0, music_cfg=0.0
     """
     x = noise.float()
     sigmas = [float(s) for s in sigmas]
-    for s, s_next in progress(list(zip(sigmas, sigmas[1:]))):
-        sigma = torch.full((len(x),), s, device=x.device)
-        v = guided = dit(x, sigma, *text, audio)
-        if cfg != 1:
-            v_null = dit(x, sigma, *null, audio)
-            guided = v_null + cfg * (v - v_null)
-        if music_cfg and audio is not None:
-            guided = guided + music_cfg * (v - dit(x, sigma, *text, None))
-        if skip and skip_scale:
-            guided = guided + skip_scale * (v - dit(x, sigma, *text, audio, skip))
-        x = x + (s - s_next) * guided
+    with one_video(dit):
+        for s, s_next in progress(list(zip(sigmas, sigmas[1:]))):
+            sigma = torch.full((len(x),), s, device=x.device)
+            v = guided = dit(x, sigma, *text, audio)
+            if cfg != 1:
+                v_null = dit(x, sigma, *null, audio)
+                guided = v_null + cfg * (v - v_null)
+            if music_cfg and audio is not None:
+                guided = guided + music_cfg * (v - dit(x, sigma, *text, None))
+            if skip and skip_scale:
+                guided = guided + skip_scale * (v - dit(x, sigma, *text, audio, skip))
+            x = x + (s - s_next) * guided
     return x
+
+
+@contextmanager
+def one_video(dit):
+    """Within it `dit` computes what follows from text, music and size alone only once (the tensors must stay)."""
+    dit.memory = {}
+    try:
+        yield
+    finally:
+        dit.memory = None
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -45,12 +45,13 @@ def slug(text, length=60):
 
 def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None, steps=None, cfg=None, music_cfg=None,
              skip=(), skip_scale=1.0, negative="", seeds=(0,), start=0.0, speed=1.0, out="outputs", device=None,
-             dtype=None):  # fmt: skip
+             dtype=None, offload=False, compile=False):  # fmt: skip
     """Make a video for each seed; returns their paths. None stands for the weights folder's own default.
 
     song: an audio or video file. adapter: a file, "none" for the model without music, None for the folder's own.
     size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. start: seconds into the song.
-    speed: the song's, for the model and in the file. out: a folder or an .mp4. Raises musicinfuser.InputError.
+    speed: the song's, for the model and in the file. out: a folder or an .mp4. offload, compile: see
+    musicinfuser.Offload and compile_blocks. Raises musicinfuser.InputError.
     """
     began = time.time()
     weights = weights or mi.default_weights()
@@ -86,7 +87,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     check_writable(out)
 
     print(f"weights  {weights}, adapter {adapter or 'none'}")
-    print(f"device   {device}, {str(dtype).removeprefix('torch.')}")
+    how = (", blocks offloaded" if offload else "") + (", compiled" if compile else "")
+    print(f"device   {device}, {str(dtype).removeprefix('torch.')}{how}")
     print(f"video    {height}x{width}, {frames} frames at {natural.fps} fps")
     print(f"solver   {steps} steps, cfg {cfg:g}, music cfg {music_cfg:g}")
     print(f"song     {song} from {start:g} s at speed {speed:g}")
@@ -98,9 +100,11 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     check_width("text_encoder", text[0].shape[-1], path("dit.safetensors"), dit.t5_yproj.in_features)
     if adapter:
         check_width("audio_encoder", audio.shape[-1], adapter, dit.audio_projection.projection[0].in_features)
-    dit = mi.load_dit(path("dit.safetensors"), device, dtype)
+    dit = mi.load_dit(path("dit.safetensors"), device, dtype, offload)
     if adapter:
         mi.load_adapter(dit, adapter)
+    if compile:
+        mi.compile_blocks(dit)
     decoder = mi.load_decoder(path("decoder.safetensors"), device, dtype)
 
     paths = []
@@ -117,7 +121,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
             "song": song, "prompt": prompt, "negative": negative, "seed": seed, "weights": weights,
             "adapter": adapter or "none", "frames": frames, "size": [height, width], "steps": steps, "cfg": cfg,
             "music_cfg": music_cfg, "skip": list(skip), "skip_scale": skip_scale, "start": start, "speed": speed,
-            "device": str(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+            "offload": offload, "compile": compile, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
         }  # fmt: skip
         mi.save_json(paths[-1][: -len(".mp4")] + ".json", recipe)
         print(paths[-1])
@@ -153,6 +157,8 @@ def main():
     add("--out", default="outputs", help="a folder, or an .mp4 (default outputs/)")
     add("--device", help="cuda, cpu, ...; default: cuda if there is one")
     add("--dtype", choices=list(mi.DTYPES), help="default: bfloat16 on a GPU, else float32")
+    add("--offload", action="store_true", help="keep the blocks in host memory, or in their file: slower, far smaller")
+    add("--compile", action="store_true", help="compile the blocks: minutes at first, then faster")
     options = vars(parser.parse_args())
     options["seeds"] = options.pop("seed")
     generate(options.pop("song"), options.pop("prompt"), **options)

@@ -363,6 +363,17 @@ def test_vae_is_the_official_one(golden):
     close(golden["decoder"](golden["in.latents"]), golden["out.decoded"], 5e-4)
 
 
+@pytest.mark.parametrize("chunk, frames", [(1, 25), (2, 13), (3, 19), (4, 25), (7, 7), (6, 1)])
+def test_encoding_in_pieces_changes_nothing(golden, chunk, frames, monkeypatch):
+    video = torch.rand(2, 3, frames, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    wanted = golden["encoder"](video, chunk=99)
+    attend = mi.AttentionBlock.forward
+    monkeypatch.setattr(mi.AttentionBlock, "forward", lambda block, x: attend(block, x, numbers=1))  # row by row
+    for one, other in zip(golden["encoder"](video, chunk=chunk), wanted):
+        assert one.shape == (2, 12, (frames - 1) // 6 + 1, 4, 6)
+        close(one, other, 1e-5)
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5])
 def test_decoding_in_pieces_changes_nothing(golden, chunk):
     latents = torch.randn(1, 12, 5, 2, 4, generator=torch.Generator().manual_seed(0))
@@ -441,7 +452,7 @@ def test_zica_is_equation_6(window):
         for head in (slice(4 * h, 4 * h + 4) for h in range(8)):
             weight = (k[0, frames, head] @ q[:, token, head].T / math.sqrt(4)).softmax(0)  # (frames, B)
             heard[:, token, head] = weight.T @ v[0, frames, head]
-    close(zica(x, music, window), x + heard @ zica.to_out.weight.T + zica.to_out.bias, 1e-5)
+    close(zica(x, zica.listen(music), window), x + heard @ zica.to_out.weight.T + zica.to_out.bias, 1e-5)
 
 
 @pytest.mark.parametrize("tokens, frames", [(31, 3), (27, 4), (125, 13), (3, 5), (4, 4)])
@@ -657,6 +668,55 @@ dit = mi.load_dit(sys.argv[1], dtype=torch.bfloat16)
 seen.append(anonymous())
 print(max(seen) - seen[0], sum(p.nbytes for p in dit.parameters()))
 """
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offloading_changes_no_bit(tmp_path, dtype):
+    mi.save_dit(small_dit(), tmp_path / "dit.safetensors", torch.float32)
+    arguments, audio = inputs()
+    results = []
+    for offload in (False, True):
+        dit = mi.load_dit(tmp_path / "dit.safetensors", dtype=dtype, offload=offload)
+        torch.manual_seed(0)
+        mi.infuse(dit, [0, 2], rank=2, audio_width=24, zero_init=False)
+        dit.checkpointing = True
+        velocity = dit(*arguments, audio)
+        velocity.square().sum().backward()
+        results.append([velocity.detach(), *(p.grad for p in mi.adapter_parameters(dit).values())])
+    assert len(results[0]) > 20
+    assert all(torch.equal(one, other) for one, other in zip(*results))
+
+
+WITHIN = """
+import resource, sys, torch, musicinfuser as mi
+path, offload, room = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3])
+mi.load_dit(path, "meta")
+text = torch.ones(1, 2, 64), torch.ones(1, 2).bool()
+data = 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, (data + room, data + room))
+dit = mi.load_dit(path, offload=offload)
+print(mi.sample(dit, torch.ones(1, 12, 2, 4, 4), text, text, sigmas=[1, 0.5, 0]).sum().item())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells")
+def test_offloading_samples_with_a_model_larger_than_memory(tmp_path):
+    path = tmp_path / "dit.safetensors"  # all zeros, a hole in the disk
+    with torch.device("meta"):
+        dit = mi.DiT(16, 1024, 512, 8, 64)
+    header, size = {}, 0
+    for name, tensor in dit.state_dict().items():
+        header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [size, size + 2 * tensor.numel()]}
+        size += 2 * tensor.numel()
+    header = json.dumps(header).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + size)
+    room = 300_000_000
+    assert 2 * size > 4 * room  # as float32
+    run = lambda offload: subprocess.run([sys.executable, "-c", WITHIN, path, str(offload), str(room)], cwd=HERE,  # noqa: E731
+                                         capture_output=True, text=True)  # fmt: skip
+    assert run(True).stdout == "384.0\n"
+    assert run(False).returncode != 0
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc tells")

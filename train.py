@@ -280,24 +280,38 @@ def learning_rate(step, steps, peak, warmup):
 
 
 def pick_layers(choice, depth, weights, top):
-    """--layers: numbers, a ranking file, a name; None: the authors' for Mochi, else the weights folder's ranking."""
+    """--layers: numbers, a ranking file, a name; None: the weights folder's ranking, else the authors' for Mochi."""
+    if top is not None and not 1 <= top <= depth:
+        raise mi.InputError(f"--top must be from 1 to {depth}, not {top}")
     if choice is None:
-        if depth == 48:
-            return list(mi.MUSICINFUSER_LAYERS)
         choice = os.path.join(weights, "adaptability.json")
+        if not os.path.exists(choice) and depth == 48:
+            return list(mi.MUSICINFUSER_LAYERS)
         if not os.path.exists(choice):
             raise mi.InputError(f"there is no {choice}; name --layers, such as all or 0,3,6")
     if choice in ("even", "first", "middle", "last", "all"):
         return mi.choose_layers(choice, depth, top)
     if choice.endswith(".json"):
-        if not os.path.exists(choice):
-            raise mi.InputError(f"no such file: {choice}")
-        return sorted(json.load(open(choice))["ranking"][: top or round(depth / 3)])
+        return sorted(read_ranking(choice, depth)[: top or round(depth / 3)])
     if not re.fullmatch(r"\d+(,\d+)*", choice):
         raise mi.InputError(
             f"--layers {choice}: give numbers such as 0,3,6, a ranking file, even, first, middle, last or all"
         )
     return [int(number) for number in choice.split(",")]
+
+
+def read_ranking(path, depth):
+    """The layers, best first, of a file of adaptability.py's. Raises InputError for any other."""
+    if not os.path.isfile(path):
+        raise mi.InputError(f"no such file: {path}")
+    try:
+        with open(path) as file:
+            ranking = json.load(file)["ranking"]
+        if sorted(ranking) != list(range(depth)):
+            raise ValueError(f"it does not rank the layers 0 to {depth - 1}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise mi.InputError(f"{path} is not a ranking of this model's layers ({error})") from error
+    return ranking
 
 
 class Run:
@@ -372,6 +386,8 @@ OPTIONS = {  # name: (default, type, help); a default of None follows from the m
     "seed": (42, int, "of everything"),
     "device": (None, str, "default: cuda if there is one"),
     "dtype": (None, str, "of the frozen model: float32 or bfloat16, the default on a GPU"),
+    "offload": (False, bool, "keep the frozen blocks in host memory, or in their file"),
+    "compile": (False, bool, "compile the blocks"),
 }
 
 
@@ -393,7 +409,9 @@ def train(data, **options):
         dist.init_process_group("gloo" if device == "cpu" else "nccl")
     say = print if rank == 0 else lambda *_: None
 
-    dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype)
+    if settings["offload"] and world > 1:
+        raise mi.InputError("--offload trains in one process; leave out torchrun")
+    dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype, settings["offload"])
     natural = dit.natural
     mi.check_sizes(natural.frames, natural.height, natural.width)
     layers = pick_layers(settings["layers"], len(dit.blocks), weights, settings["top"])
@@ -424,6 +442,8 @@ def train(data, **options):
     mi.infuse(dit, layers, settings["rank"], settings["window"], heads=8 if settings["adapter"] == "zica" else 0,
               audio_width=audio_width, zero_init=not settings["random_init"])  # fmt: skip
     dit.checkpointing = True
+    if settings["compile"]:
+        mi.compile_blocks(dit)
     parameters = list(mi.adapter_parameters(dit).values())
     optimiser = torch.optim.AdamW(parameters, settings["lr"], weight_decay=0.0)
     start = run.load(dit, optimiser)
