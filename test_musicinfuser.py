@@ -858,6 +858,29 @@ def test_the_ablations_train_and_load(weights, dance_videos, tmp_path, options):
     assert not torch.equal(dit(*arguments, audio), dit(*arguments, None))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_with_offloaded_blocks_gives_the_same_adapter(weights, dance_videos, tmp_path, dtype):
+    options = dict(weights=str(weights), device="cpu", steps=3, layers="all", rank=2, lr=0.01, dtype=dtype)
+    paths = [train.train(str(dance_videos / "aist"), **options, out=str(tmp_path / f"{o}"), offload=o) for o in (False, True)]
+    assert open(paths[0], "rb").read() == open(paths[1], "rb").read()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(weights, dance_videos, tmp_path, monkeypatch):
+    loss, seen = mi.flow_matching_loss, []
+
+    def breaks(*arguments):
+        seen.append(arguments)
+        return loss(*arguments) * (math.nan if len(seen) == 3 else 1)
+
+    monkeypatch.setattr(mi, "flow_matching_loss", breaks)
+    words = r"not finite at step 2, on .*\.mp4 at frame \d+; the last good checkpoint is .*state\.safetensors"
+    with pytest.raises(mi.InputError, match=words):
+        train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=4, layers="all", rank=2,
+                    save_every=1, out=str(tmp_path))  # fmt: skip
+    with safe_open(tmp_path / "state.safetensors", "pt") as file:
+        assert file.metadata()["step"] == "2"
+
+
 def test_aist_names_splits_and_prompts(dance_videos):
     training, test = (train.find_videos(dance_videos / "aist", dance_videos / "wild", split) for split in ("train", "test"))
     assert sorted(video["song"] for video in training if video["kind"] == "aist") == ["mBR1", "mBR2", "mHO2", "mKR1", "mPO0"]
@@ -879,11 +902,13 @@ def test_a_damaged_cache_entry_is_made_again(weights, dance_videos):
     arguments = str(dance_videos / "cache"), str(weights), (32, 32), 7, 30, "cpu", torch.float32
     videos = train.find_videos(dance_videos / "aist", None)[:1]
     (clip,) = train.cached_clips(videos, *arguments)
-    good = open(clip["entry"], "rb").read()
-    for bad in (b"", good[: len(good) // 2]):
-        open(clip["entry"], "wb").write(bad)
-        train.cached_clips(videos, *arguments)
-        assert open(clip["entry"], "rb").read() == good
+    listing = clip["entry"].rpartition("-")[0] + ".json"
+    for path in (clip["entry"], listing, str(dance_videos / "cache" / "index.json")):
+        good = open(path, "rb").read()
+        for bad in (b"", good[: len(good) // 2], b"7"):
+            open(path, "wb").write(bad)
+            assert train.cached_clips(videos, *arguments) == [clip]
+            assert open(path, "rb").read() == good
 
 
 def test_cuts_of_one_pass_are_the_clips():

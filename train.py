@@ -112,6 +112,16 @@ def read_entry(path, *names):
     return tensors if all(name in tensors for name in names) else None
 
 
+def read_json(path, kind):
+    """A file of the cache, or None where it is not there or damaged, to be made again."""
+    try:
+        with open(path) as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, kind) else None
+
+
 def clip_starts(frames, length, key):
     """Where the clips of a video begin, in frames: five a minute, at random, 5% of both ends left out."""
     margin = round(0.05 * frames)
@@ -126,7 +136,7 @@ def cached_clips(videos, folder, weights, size, length, fps, device, dtype):
     """[{entry, kind, song, path, start, prompts}]: latents and audio tokens of all clips, made where they are not."""
     os.makedirs(folder, exist_ok=True)
     index_path = os.path.join(folder, "index.json")
-    index = json.load(open(index_path)) if os.path.exists(index_path) else {}
+    index = read_json(index_path, dict) or {}
     models = digest(file_digest(os.path.join(weights, "encoder.safetensors"), index),
                     folder_digest(os.path.join(weights, "audio_encoder"), index), size, length, fps)  # fmt: skip
     clips, failed, encoder, listen = [], [], None, None
@@ -134,7 +144,7 @@ def cached_clips(videos, folder, weights, size, length, fps, device, dtype):
         try:
             key = digest(file_digest(video["path"], index), models, video["kind"])
             listing = os.path.join(folder, f"{key}.json")
-            starts = json.load(open(listing)) if os.path.exists(listing) else None
+            starts = read_json(listing, list)
             entries = lambda: [os.path.join(folder, f"{key}-{start}.safetensors") for start in starts]  # noqa: E731
             if starts is None or any(read_entry(e, "mean", "logvar", "audio") is None for e in entries()):
                 encoder = encoder or mi.load_encoder(os.path.join(weights, "encoder.safetensors"), device, dtype)
@@ -239,17 +249,15 @@ def collate(rows, natural):
 
 
 @torch.no_grad()
-def listening_gap(dit, held_out, device, sigmas=(0.5, 0.75, 0.9)):
+def listening_gap(dit, held_out, device, batch=1, sigmas=(0.5, 0.75, 0.9)):
     """Loss on held-out clips with their own song and with another's, at each sigma, the same noise throughout."""
     z, _, eps, y_feat, y_mask, audio = (tensor.to(device) for tensor in held_out)
     losses = {}
     for s in sigmas:
         sigma = torch.full((len(z),), s, device=device)
         for name, song in (("right", audio), ("wrong", audio.roll(1, 0))):
-            parts = [
-                mi.flow_matching_loss(dit, *(tensor[i : i + 1] for tensor in (z, sigma, eps, y_feat, y_mask, song)))
-                for i in range(len(z))
-            ]
+            rows = zip(*(tensor.split(batch) for tensor in (z, sigma, eps, y_feat, y_mask, song)))
+            parts = [mi.flow_matching_loss(dit, *row) for row in rows]
             losses[f"{name}_{s}"] = torch.cat(parts).mean().item()
     return losses
 
@@ -320,8 +328,8 @@ class Run:
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
         path = self.path("config.json")
-        if os.path.exists(path) and (old := json.load(open(path))) != config:
-            changed = sorted(key for key in {*old, *config} if old.get(key) != config.get(key))
+        if os.path.exists(path) and (old := read_json(path, dict)) != config:
+            changed = sorted(key for key in {*(old or ()), *config} if (old or {}).get(key) != config.get(key))
             raise mi.InputError(f"{folder} holds a run with another {', '.join(changed)}; name another --out")
         os.makedirs(folder, exist_ok=True)
         mi.save_json(path, config)
@@ -441,7 +449,6 @@ def train(data, **options):
     audio_width = mi.read_safetensors(clips[0]["entry"])[0]["audio"].shape[-1]
     mi.infuse(dit, layers, settings["rank"], settings["window"], heads=8 if settings["adapter"] == "zica" else 0,
               audio_width=audio_width, zero_init=not settings["random_init"])  # fmt: skip
-    dit.checkpointing = True
     if settings["compile"]:
         mi.compile_blocks(dit)
     parameters = list(mi.adapter_parameters(dit).values())
@@ -451,7 +458,11 @@ def train(data, **options):
         sum(p.numel() for p in dit.parameters() if p.requires_grad is wanted) for wanted in (True, False)
     )
     tokens = settings["batch"] * ((natural.frames - 1) // 6 + 1) * natural.height * natural.width // 256
-    memory = frozen * dtype.itemsize + 16 * trainable + (len(dit.blocks) + 40) * tokens * dit.width * dtype.itemsize
+    block = 40 * tokens * dit.width * dtype.itemsize  # about what the backward pass through one needs
+    # Checkpointing costs a third of the speed, so not where it would save little
+    dit.checkpointing = settings["offload"] or len(dit.blocks) * block > 2e9
+    kept = (len(dit.blocks) / 40 + 1 if dit.checkpointing else len(dit.blocks)) * block
+    memory = frozen * dtype.itemsize + 16 * trainable + kept
     say(f"adapter  layers {layers}, {trainable:,} parameters to train, {frozen:,} frozen; about {memory / 1e9:.1f} GB")
     if start:
         say(f"going on from step {start}")
@@ -492,7 +503,7 @@ def train(data, **options):
             ]
             line |= {f"loss_{low}": sum(bin_) / len(bin_)} if bin_ else {}
         if held_out_batch and ((step + 1) % settings["eval_every"] == 0 or step + 1 == settings["steps"]):
-            line |= listening_gap(dit, held_out_batch, device)
+            line |= listening_gap(dit, held_out_batch, device, settings["batch"])
             shown["gap"] = line["wrong_0.75"] - line["right_0.75"]
         shown["loss"] = 0.95 * shown.get("loss", line["loss"]) + 0.05 * line["loss"]
         bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in shown.items()), refresh=False)

@@ -777,7 +777,7 @@ class Captions:
         return self.t5(**tokens).last_hidden_state, tokens.attention_mask.bool()
 
 
-def make_prior(steps=3600, seed=4):
+def make_prior(steps=3000, seed=4):
     short, scenes = latents_of(5000, FRAMES, seed)
     long, long_scenes = latents_of(240, 271, seed + 100)
     mean, std = short.mean((0, 2, 3, 4)), short.std((0, 2, 3, 4))
