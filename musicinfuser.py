@@ -15,6 +15,7 @@ estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma v, so its 
 stand. Tensors keep genmo's names and the authors', so that their files load as they are.
 """
 
+import argparse
 import json
 import math
 import mmap
@@ -206,6 +207,13 @@ def check_sizes(frames, height, width):
         raise InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
     if height < 16 or width < 16 or height % 16 or width % 16:
         raise InputError(f"height and width must be multiples of 16, not {height}x{width}")
+
+
+def height_by_width(text):  # for argparse
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, such as 480x848")
+    return int(match[1]), int(match[2])
 
 
 def peak_memory(device):

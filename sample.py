@@ -129,13 +129,6 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     return paths
 
 
-def height_by_width(text):
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text} is not HEIGHTxWIDTH, such as 480x848")
-    return int(match[1]), int(match[2])
-
-
 def main():
     parser = argparse.ArgumentParser(description="A song and a prompt in, a dancing video out.")
     add = parser.add_argument
@@ -144,7 +137,7 @@ def main():
     add("--weights", help="folder; default: weights/ if it holds a model, else tiny/")
     add("--adapter", help="a file, or none; default: the folder's musicinfuser.safetensors")
     add("--frames", type=int, help="6k + 1; default: the model's own, as for all that follow (Mochi: 73)")
-    add("--size", type=height_by_width, metavar="HxW", help="multiples of 16 (Mochi: 480x848)")
+    add("--size", type=mi.height_by_width, metavar="HxW", help="multiples of 16 (Mochi: 480x848)")
     add("--steps", type=int, help="of the ODE solver (Mochi: 64)")
     add("--cfg", type=float, help="guidance scale of the text (Mochi: 6)")
     add("--music-cfg", type=float, help="guidance scale of the music (Mochi: 0)")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+import types
 import wave
 
 import imageio
@@ -21,6 +22,7 @@ from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import adaptability
 import musicinfuser as mi
 import sample
 import train
@@ -928,3 +930,412 @@ def test_the_papers_choices_of_layers():
     assert mi.choose_layers("even", 48, 4) == [6, 18, 30, 42]
     assert mi.choose_layers("first", 6, 2) == [0, 1] and mi.choose_layers("middle", 6, 2) == [2, 3]
     assert mi.choose_layers("last", 6, 2) == [4, 5] and mi.choose_layers("all", 6) == list(range(6))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# adaptability.py: the command line, then the formulas
+# ------------------------------------------------------------------------------------------------------------------
+
+ADAPT_PROMPTS = (PROMPT, "the person dances")
+ADAPT_METRIC = "def score(video):\n    return 100 * float(video[0].square().mean())\n"
+
+
+def adapt_command(weights, folder, *arguments, out="run"):
+    """Run adaptability.py in `folder`, which holds a metric, measured:score, for two prompts and two seeds."""
+    (folder / "measured.py").write_text(ADAPT_METRIC)
+    line = [sys.executable, os.path.join(HERE, "adaptability.py"), "--weights", weights, "--device", "cpu",
+            "--out", out, "--metric", "measured:score", "--prompts", *ADAPT_PROMPTS, "--seed", 0, 1, *arguments]  # fmt: skip
+    return subprocess.run(list(map(str, line)), cwd=folder, capture_output=True, text=True)
+
+
+def frames_of(path):  # (T, H, W, 3)
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        return np.stack([*iter(reader)])
+
+
+@pytest.fixture(scope="module")
+def ranked(weights, tmp_path_factory):
+    """What `python adaptability.py --keep` did: its result and the folder that it ran in."""
+    folder = tmp_path_factory.mktemp("ranked")
+    return adapt_command(weights, folder, "--keep"), folder
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """--metric spy:score, which notes the videos that it sees."""
+    module = types.ModuleType("spy")
+    module.seen = []
+    module.score = lambda video: module.seen.append(video) or video.mean()
+    monkeypatch.setitem(sys.modules, "spy", module)
+    return module
+
+
+def adapt(weights, out, **options):
+    settings = dict(weights=str(weights), out=str(out), prompts=ADAPT_PROMPTS, seeds=(0, 1), metric="spy:score", device="cpu")
+    return adaptability.rank(**settings | options)
+
+
+def test_the_ranking_of_the_command_line(ranked, weights):
+    result, folder = ranked
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"weights  {weights}, no adapter\ndevice   cpu, float32\nvideo    32x32, 7 frames")
+    found = json.loads((folder / "run" / "adaptability.json").read_text())
+    kept = [json.loads(path.read_text()) for path in (folder / "run" / "kept").glob("[bl]*.json")]
+    scores = {(k["layer"], k["prompt"], k["seed"]): k["score"] for k in kept}
+    pairs = [(prompt, seed) for prompt in ADAPT_PROMPTS for seed in (0, 1)]
+    assert len(kept) == 16 and set(scores) == {(layer, *pair) for layer in (None, 0, 1, 2) for pair in pairs}
+    gains = np.array([[scores[layer, *pair] - scores[None, *pair] for pair in pairs] for layer in range(3)])
+    assert found["adaptability"] == pytest.approx(gains.mean(1))
+    assert found["standard_error"] == pytest.approx(gains.std(1, ddof=1) / 2)  # of paired differences
+    assert found["baseline"] == pytest.approx(np.mean([scores[None, *pair] for pair in pairs]))
+    assert found["ranking"] == gains.mean(1).argsort()[::-1].tolist() and len(set(gains.mean(1))) == 3
+    assert found["prompts"] == list(ADAPT_PROMPTS) and found["seeds"] == [0, 1] and found["metric"] == "measured:score"
+    best, second, _ = found["ranking"]
+    assert train.pick_layers(str(folder / "run" / "adaptability.json"), 3, weights, None) == [best]
+    assert train.pick_layers(str(folder / "run" / "adaptability.json"), 3, weights, 2) == sorted([best, second])
+    assert f"rank 1 (layer {best}) against rank 2 (layer {second})" in result.stdout
+    assert sum(line.endswith(" *") for line in result.stdout.splitlines()) == 2  # in the table and in the chart
+
+
+def test_kept_videos_are_those_that_were_scored_and_silent(ranked):
+    names = sorted(path.stem for path in (ranked[1] / "run" / "videos").iterdir())
+    kept = sorted((ranked[1] / "run" / "kept").glob("[bl]*.json"))
+    assert names == [path.stem for path in kept] and len(names) == 16
+    path = ranked[1] / "run" / "videos" / f"{names[0]}.mp4"
+    frames = frames_of(path)
+    assert frames.shape == (7, 32, 32, 3)
+    with pytest.raises(mi.InputError, match="has no sound"):
+        mi.load_audio(path)
+    red = frames[..., 0] / 127.5 - 1
+    assert 100 * np.square(red).mean() == pytest.approx(json.loads(kept[0].read_text())["score"], rel=0.3)
+
+
+def test_a_video_that_is_there_is_never_made_again(ranked, weights, tmp_path):
+    kept = sorted((ranked[1] / "run" / "kept").glob("[bl]*.json"))
+    whole = (ranked[1] / "run" / "adaptability.json").read_bytes()
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in kept}
+    lost, damaged = kept[3], kept[8]
+    content = damaged.read_text()
+    lost.unlink(), damaged.write_text(content[: len(content) // 2])
+    dry = adapt_command(weights, ranked[1], "--dry-run")
+    again = adapt_command(weights, ranked[1])
+    assert dry.returncode == again.returncode == 0, dry.stderr + again.stderr
+    made = {path for path in kept if (path.stat().st_mtime_ns, path.stat().st_ino) != before[path]}
+    assert made == {lost, damaged} and lost.name.startswith("baseline") and damaged.name.startswith("layer-")
+    assert (
+        "88 forward passes for 16 videos; 14 videos are there, 10 passes are left" in dry.stdout
+    )  # 2 steps of 2 and 3
+    left, right = json.loads(whole), json.loads((ranked[1] / "run" / "adaptability.json").read_text())
+    assert left["adaptability"] == pytest.approx(right["adaptability"]) and left["ranking"] == right["ranking"]
+    (ranked[1] / "run" / "adaptability.json").write_bytes(whole)
+
+
+def test_processes_that_share_the_layers_end_with_the_same_file(ranked, weights):
+    for layers, ends in (("2", False), ("0-1", True)):
+        result = adapt_command(weights, ranked[1], "--layers", layers, out="split")
+        assert result.returncode == 0, result.stderr
+        assert ("layers 0, 1 are missing" in result.stdout) != ends
+        assert (ranked[1] / "split" / "adaptability.json").exists() == ends
+    paths = [ranked[1] / name / "adaptability.json" for name in ("run", "split")]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    assert "4 videos are there" in result.stdout  # the baseline's
+
+
+def test_a_dry_run_leaves_nothing(weights, tmp_path, capsys):
+    assert adapt(weights, tmp_path / "run", metric="imaging", cfg=1, layers="1", steps=5, dry_run=True) is None
+    assert "60 forward passes for 8 videos; 0 videos are there, 60 passes are left" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_videos_are_those_of_a_second_solver(spy, weights, tmp_path):
+    adapt(weights, tmp_path, skip_scale=0.7, cfg=2.5, steps=4, batch=3)
+    dit, decoder = mi.load_dit(weights / "dit.safetensors"), mi.load_decoder(weights / "decoder.safetensors")
+    *texts, null = mi.encode_text(weights, [*ADAPT_PROMPTS, ""])
+    sigmas = mi.linear_quadratic_schedule(4).tolist()
+    wanted = []
+    for layer in (0, 1, 2, None):
+        for prompt, text in zip(ADAPT_PROMPTS, texts):
+            for seed in (0, 1):
+                generator = torch.Generator().manual_seed(adaptability.noise_seed(prompt, seed))
+                x = torch.randn(1, 12, 2, 4, 4, generator=generator)
+                for now, then in zip(sigmas, sigmas[1:]):
+                    cond, uncond = (dit(x, torch.tensor([now]), *t) for t in (text, null))
+                    without = cond if layer is None else dit(x, torch.tensor([now]), *text, skip=(layer,))
+                    x = x + (now - then) * (uncond + 2.5 * (cond - uncond) + 0.7 * (cond - without))
+                wanted.append(decoder(mi.to_vae_space(x))[0].clamp(-1, 1))
+    close(torch.stack(spy.seen), torch.stack(wanted), 1e-3)
+    assert min((a - b).abs().mean() for i, a in enumerate(wanted) for b in wanted[:i]) > 0.01
+
+
+def test_without_guidance_every_layer_is_the_baseline(spy, weights, tmp_path, capsys):
+    result = adapt(weights, tmp_path, skip_scale=0.0)
+    layers, baseline = spy.seen[:12], spy.seen[12:]
+    assert all(torch.equal(video, baseline[i % 4]) for i, video in enumerate(layers)) and len(baseline) == 4
+    assert not any(result["adaptability"]) and not any(result["standard_error"])
+    assert "no number of videos a layer would do" in capsys.readouterr().out
+
+
+def test_what_is_kept_depends_on_all_that_makes_a_video(spy, weights, tmp_path):
+    few = dict(prompts=ADAPT_PROMPTS[:1], seeds=(0,), layers="1", steps=2)
+    adapt(weights, tmp_path, **few)
+    changes = [dict(steps=3), dict(cfg=2.0), dict(size=(16, 32)), dict(frames=13), dict(dtype="bfloat16"),
+               dict(seeds=(1,)), dict(prompts=ADAPT_PROMPTS[1:]), dict(skip_scale=2.0), dict(layers="2"), {}]  # fmt: skip
+    for change in changes:
+        spy.seen.clear()
+        adapt(weights, tmp_path, **few | change)
+        layer_only = {"skip_scale", "layers"} & change.keys()  # the baseline stays
+        assert len(spy.seen) == (1 if layer_only else 2 if change else 0), change
+
+
+def test_the_noise_is_that_of_sample_py(spy, weights, tmp_path, monkeypatch):
+    import sample
+
+    song = tmp_path / "song.wav"
+    mi.ffmpeg("-f", "lavfi", "-i", "sine=440:duration=1", song)
+    adapt(weights, tmp_path / "run", prompts=ADAPT_PROMPTS[:1], seeds=(3,), layers="1")
+    monkeypatch.setattr(mi, "save_video", lambda path, video, *_: spy.seen.append(video.clamp(-1, 1)))
+    sample.generate(str(song), PROMPT, weights=str(weights), adapter="none", skip=[1], device="cpu", out=str(tmp_path),
+                    seeds=[adaptability.noise_seed(PROMPT, 3)])  # fmt: skip
+    close(spy.seen[0], spy.seen[2], 1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Metrics
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_frechet_distance_of_known_gaussians():
+    turn, _ = torch.linalg.qr(randn(5, 5))
+    a, b = torch.tensor([1.0, 4, 9, 0.25, 0]).double(), torch.tensor([4.0, 1, 0, 0.25, 16]).double()  # both singular
+    mean = torch.arange(5.0).double()
+    found = adaptability.frechet_distance(mean, turn * a @ turn.T, mean - 2, turn * b @ turn.T)
+    assert found == pytest.approx(20 + (a.sqrt() - b.sqrt()).square().sum().item())  # they commute
+    x, y = randn(40, 3), randn(50, 3, seed=1) @ randn(3, 3, seed=2) + 1  # these do not: the root by its definition
+    (m, cov_x), (n, cov_y) = adaptability.gaussian([x[:10], x[10:]]), adaptability.gaussian([y])
+    assert np.allclose(cov_x, np.cov(x.T)) and np.allclose(m, x.mean(0))
+    values, vectors = np.linalg.eig((cov_x @ cov_y).numpy())
+    root = vectors @ np.diag(np.sqrt(values)) @ np.linalg.inv(vectors)
+    assert np.allclose(root @ root, cov_x @ cov_y)
+    wanted = (m - n).square().sum().item() + np.trace((cov_x + cov_y).numpy() - 2 * root)
+    assert adaptability.frechet_distance(m, cov_x, n, cov_y) == pytest.approx(float(wanted))
+    assert adaptability.frechet_distance(m, cov_x, m, cov_x) == pytest.approx(0, abs=1e-9)
+
+
+def test_features_are_what_the_encoder_projects(weights):
+    encoder = mi.load_encoder(weights / "encoder.safetensors")
+    video = randn(3, 13, 32, 48).float().clamp(-1, 1)
+    found = adaptability.features(video, encoder)
+    assert found.shape == (3, 8)
+    projected = torch.cat(encoder(video[None]), 1)[0].mean(
+        (2, 3)
+    )  # the projection has no bias, so it and the mean swap
+    close(found @ encoder.output_proj.weight.T, projected.T, 1e-4)
+    assert not encoder.output_proj._forward_pre_hooks
+
+
+def brute(score, baseline, layer):
+    n = len(layer)
+    left = [score(np.delete(layer, i, 0)) - score(np.delete(baseline, i, 0)) for i in range(n)]
+    return score(layer) - score(baseline), math.sqrt((n - 1) / n * np.square(np.array(left) - np.mean(left)).sum())
+
+
+@pytest.mark.parametrize("kind", ["mean", "frechet"])
+def test_standard_errors_are_the_jackknifes(kind):
+    data = randn(4, 7, 6, 3) * torch.tensor([1.0, 1.2, 0.6, 0.8])[:, None, None, None] + 0.3 * randn(1, 7, 6, 3, seed=1)
+    if kind == "mean":
+        numbers = data.mean((2, 3))
+        measured, brute_score = numbers.tolist(), np.mean
+        data, score = numbers.numpy(), lambda videos: sum(videos) / len(videos)
+    else:
+        wanted = torch.zeros(3).double(), torch.eye(3).double()
+        score = lambda videos: -adaptability.frechet_distance(*adaptability.gaussian(videos), *wanted)  # noqa: E731
+        measured = [list(layer) for layer in data]
+
+        def brute_score(videos):
+            rows = videos.reshape(-1, 3)
+            values = np.linalg.eigvalsh(np.cov(rows.T))
+            return -np.square(rows.mean(0)).sum() - np.square(np.sqrt(values) - 1).sum()
+
+        data = data.numpy()
+    result, gaps = adaptability.compare(score, measured[0], measured[1:])
+    for layer in range(3):
+        wanted_gain, wanted_error = brute(brute_score, data[0], data[layer + 1])
+        assert result["adaptability"][layer] == pytest.approx(wanted_gain)
+        assert result["standard_error"][layer] == pytest.approx(wanted_error)
+    best, second, _ = result["ranking"]
+    assert gaps[0] == pytest.approx(brute(brute_score, data[second + 1], data[best + 1]))
+    if kind == "mean":
+        difference = data[1] - data[0]
+        assert result["standard_error"][0] == pytest.approx(difference.std(ddof=1) / math.sqrt(7))
+
+
+def test_one_video_has_no_error(spy, weights, tmp_path, capsys):
+    result = adapt(weights, tmp_path, prompts=ADAPT_PROMPTS[:1], seeds=(0,))
+    assert result["standard_error"] == [None] * 3 and "± ?" in (out := capsys.readouterr().out)
+    assert "one video tells nothing of the error" in out
+    assert json.loads((tmp_path / "adaptability.json").read_text())["standard_error"] == [None] * 3
+
+
+@pytest.mark.parametrize("spread, words", [(0.01, "told apart"), (2.0, "not told apart; about 36 videos a layer")])
+def test_the_report_says_whether_ranks_can_be_told_apart(capsys, spread, words):
+    result = {"ranking": [2, 0, 1], "adaptability": (0.5, -1.0, 1.5), "standard_error": (0.1,) * 3, "baseline": 7.0}
+    adaptability.report(result, [(1.0, spread / 2), (1.5, 0.1)], 1, 9)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[2:5]] == ["2", "0", "1"] and "+1.500 ± 0.100  *" in lines[2]
+    chart = lines[lines.index("layer") + 1 :][:3]
+    bars = [line[7:] for line in chart]  # a cell is 2.5 / 40
+    assert (
+        bars[0] == " " * 16 + "|" + 8 * "█"
+        and bars[1] == 16 * "█" + "|"
+        and bars[2] == " " * 16 + "|" + 24 * "█" + " *"
+    )
+    assert f"rank 1 (layer 2) against rank 2 (layer 0): +1.000 ± {spread / 2:.3f}, {words}" in lines[-1]
+    assert lines[-2].startswith("2 of 2" if spread < 1 else "1 of 2")
+
+
+def clips(seed, frames=7):  # three videos
+    return [torch.rand(3, frames, 32, 32, generator=torch.Generator().manual_seed(seed + i)) * 2 - 1 for i in range(3)]
+
+
+def test_frechet_with_a_folder_of_clips_and_with_the_weights_own(weights, tmp_path):
+    for i, clip in enumerate(clips(0, 9) + clips(9, 5)):  # the last three are too short
+        mi.save_video(tmp_path / "clips" / "deeper" / f"{i}.mp4", clip)
+    encoder = mi.load_encoder(weights / "encoder.safetensors")
+    found = adapt(weights, tmp_path / "run", metric=None, reference=str(tmp_path / "clips"))
+    assert found["metric"] == "frechet"
+    seen = [
+        torch.from_numpy(frames_of(p)[:7]).permute(3, 0, 1, 2) / 127.5 - 1 for p in sorted(tmp_path.rglob("[012].mp4"))
+    ]
+    tensors, metadata = adaptability.reference_statistics(seen, encoder)
+    assert metadata["clips"] == "3"
+
+    own = tmp_path / "own"
+    own.mkdir()
+    for path in weights.iterdir():
+        (own / path.name).symlink_to(path)
+    mi.save_safetensors(own / "reference.safetensors", tensors, metadata)
+    again = adapt(own, tmp_path / "run", metric=None)  # scores are of the same kept features
+    assert again["metric"] == "frechet" and again["reference"] is None
+    assert again["adaptability"] == pytest.approx(
+        found["adaptability"], abs=1e-3 * max(map(abs, found["adaptability"]))
+    )
+    kept = {}
+    for path in (tmp_path / "run" / "kept").glob("[bl]*.safetensors"):
+        kept.setdefault(path.name[:8], []).append(mi.read_safetensors(path)[0]["features"])
+    distances = {key: adaptability.frechet_distance(*adaptability.gaussian(value), tensors["mean"], tensors["cov"])
+                 for key, value in kept.items()}  # fmt: skip
+    baseline = distances["baseline"]
+    assert again["baseline"] == pytest.approx(-baseline)
+    assert again["adaptability"] == pytest.approx(
+        [baseline - distances[f"layer-{layer:02d}"] for layer in range(3)], abs=1e-9
+    )
+
+
+@pytest.mark.parametrize("metric, size, seen", [("imaging", (600, 1024), (300, 512)), ("imaging", (48, 32), (48, 32)),
+                                                ("aesthetic", (600, 1024), (600, 1024))])  # fmt: skip
+def test_pyiqa_scores_frames_as_vbench_does(monkeypatch, metric, size, seen):
+    asked, shapes = [], []
+
+    def model(frame):
+        shapes.append(tuple(frame.shape))
+        return frame.mean()[None, None]
+
+    fake = types.ModuleType("pyiqa")
+    fake.create_metric = lambda name, device: asked.append(name) or model
+    monkeypatch.setitem(sys.modules, "pyiqa", fake)
+    video = torch.linspace(-1, 1, 5)[None, :, None, None].expand(3, 5, *size)
+    assert adaptability.image_quality(metric, "cpu")(video * 0.5 + 0.5) == pytest.approx(0.75)  # of pixels in [0, 1]
+    assert shapes == 5 * [(1, 3, *seen)] and asked == [{"imaging": "musiq-spaq", "aesthetic": "laion_aes"}[metric]]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Bad inputs
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(layers="0-3"), "layers from 0 to 2"), (dict(layers="2-1"), "layers"), (dict(layers="even"), "ranges such as"),
+    (dict(prompts=()), "no prompts"), (dict(prompts=("a", " ")), "an empty one"), (dict(seeds=(-1,)), "numbers from 0"),
+    (dict(seeds=()), "numbers from 0"), (dict(top=4), "from 1 to 3"), (dict(top=0), "from 1 to 3"),
+    (dict(batch=0), "1 or more"),
+    (dict(metric="musiq"), "not imaging, aesthetic, frechet or some module:function"),
+    (dict(metric="no_such_module:f"), "cannot be imported .ModuleNotFoundError"),
+    (dict(metric="spy:nothing"), "cannot be imported .AttributeError"), (dict(metric="spy:seen"), "not a function"),
+    (dict(metric="frechet"), "needs --reference"), (dict(reference="."), "is for --metric frechet"),
+    (dict(metric="frechet", reference="none"), "no video below"), (dict(weights="none"), "no such file"),
+    (dict(frames=8), "7 or 13"), (dict(size=(32, 40)), "multiples of 16"), (dict(steps=1), "2 or more"),
+    (dict(skip_scale=math.nan), "must be a number"),
+])  # fmt: skip
+def test_bad_input_is_said_before_anything_is_sampled(spy, weights, tmp_path, options, words):
+    with pytest.raises(mi.InputError, match=words):
+        adapt(**dict(weights=weights, out=tmp_path / "run") | options)
+    assert not spy.seen
+
+
+@pytest.mark.parametrize("metric", ["imaging", "aesthetic"])
+def test_a_missing_pyiqa_is_one_line_before_anything_is_sampled(weights, tmp_path, monkeypatch, metric):
+    monkeypatch.setitem(sys.modules, "pyiqa", None)
+    monkeypatch.setattr(
+        mi, "load_dit", lambda path, device="cpu", *_, load=mi.load_dit: load(path, {"meta": "meta"}[device])
+    )
+    with pytest.raises(mi.InputError, match=f"--metric {metric} needs pyiqa .*pip install pyiqa"):
+        adapt(weights, tmp_path, metric=metric)
+
+
+@pytest.mark.parametrize("value", ["high", None, math.nan, [1, 2]])
+def test_a_metric_that_gives_no_number_is_one_line(spy, weights, tmp_path, value):
+    spy.score = lambda video: value
+    with pytest.raises(mi.InputError, match=r'(fails on|gives nan for) layer 0, "a dog dancing in the park", seed 0'):
+        adapt(weights, tmp_path)
+    assert not list(tmp_path.rglob("layer-*"))
+
+
+@pytest.mark.parametrize("damage", [
+    lambda t, m: ({"mean": t["mean"][:5], "cov": t["cov"]}, m), lambda t, m: ({"mean": t["mean"]}, m),
+    lambda t, m: ({k: v * math.nan for k, v in t.items()}, m), lambda t, m: (t, m | {"feature": "another"}),
+])  # fmt: skip
+def test_a_reference_that_does_not_fit_is_one_line(weights, tmp_path, damage):
+    for path in weights.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    tensors, metadata = adaptability.reference_statistics(clips(0), mi.load_encoder(weights / "encoder.safetensors"))
+    mi.save_safetensors(tmp_path / "reference.safetensors", *damage(tensors, metadata))
+    with pytest.raises(mi.InputError, match="reference.safetensors"):
+        adapt(tmp_path, tmp_path / "run", metric=None)
+    assert not list(tmp_path.rglob("layer-*"))
+
+
+def test_bad_input_of_the_command_line_is_one_line(weights, tmp_path):
+    (tmp_path / "blank.txt").write_text("\n \n")
+    for arguments in (["--prompts-file", "none.txt"], ["--prompts-file", "blank.txt"], ["--out", "blank.txt/out"]):
+        line = [sys.executable, os.path.join(HERE, "adaptability.py"), "--weights", weights, "--metric", "math:fsum"]
+        result = subprocess.run([*line, *arguments], cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode != 0 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["blank.txt"]
+
+
+@pytest.mark.parametrize("text", ["", "[0, 1, 2]", "{}", '{"ranking": [0, 1]}', '{"ranking": [0, 1, 1]}',
+                                  '{"ranking": 3}', '{"ranking": ["a", 1, 2]}', '{"ranking": [0, 1, 2, 3]}',
+                                  "\0"])  # fmt: skip
+def test_a_ranking_that_is_none_is_one_line(tmp_path, text):
+    path = tmp_path / "ranking.json"
+    path.write_text(text)
+    with pytest.raises(mi.InputError, match="is not a ranking of this model's layers"):
+        train.pick_layers(str(path), 3, str(tmp_path), None)
+
+
+def test_the_default_layers_are_the_folders_ranking(tmp_path):
+    assert train.pick_layers(None, 48, str(tmp_path), None) == list(mi.MUSICINFUSER_LAYERS)
+    with pytest.raises(mi.InputError, match="name --layers"):
+        train.pick_layers(None, 3, str(tmp_path), None)
+    for depth in (48, 6):
+        mi.save_json(tmp_path / "adaptability.json", {"ranking": list(range(depth))[::-1]})
+        third = depth // 3
+        assert train.pick_layers(None, depth, str(tmp_path), None) == list(range(depth - third, depth))
+        assert train.pick_layers(None, depth, str(tmp_path), 2) == [depth - 2, depth - 1]
+    for top in (0, -1, 7):
+        with pytest.raises(mi.InputError, match="from 1 to 6"):
+            train.pick_layers(None, 6, str(tmp_path), top)

@@ -423,7 +423,9 @@ def train(data, **options):
     natural = dit.natural
     mi.check_sizes(natural.frames, natural.height, natural.width)
     layers = pick_layers(settings["layers"], len(dit.blocks), weights, settings["top"])
-    run = Run(settings["out"], {"data": data} | settings | {"layers": layers})
+    model = os.stat(os.path.join(weights, "dit.safetensors"))
+    model = {"dit.safetensors": [model.st_size, model.st_mtime_ns]}  # an adapter goes on only over its own model
+    run = Run(settings["out"], {"data": data} | settings | {"layers": layers} | model)
     say(f"weights  {weights}")
     say(f"device   {device}{f' x {world}' if world > 1 else ''}, {str(dtype).removeprefix('torch.')}, adapter float32")
     say(f"video    {natural.height}x{natural.width}, {natural.frames} frames at {natural.fps} fps")

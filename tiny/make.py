@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import adaptability
 import musicinfuser as mi
 import train
 from eval.evaluate import beat_correlation, motion_energy, motion_tempo
@@ -809,6 +810,21 @@ def make_prior(steps=3000, seed=4):
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# Stage 5: which layers should listen, by the Frechet distance to the world's own clips
+# ------------------------------------------------------------------------------------------------------------------
+
+
+def make_layers(clips=200, seeds=4):
+    """reference.safetensors, the statistics of the world's clips, and adaptability.json, the ranking by them."""
+    encoder, rng = mi.load_encoder(f"{HERE}/encoder.safetensors", dtype=torch.bfloat16), np.random.default_rng(88)
+    world = (to_video(render(draw_scene(rng), steady_beat(rng))[None])[0] for _ in range(clips))
+    statistics = adaptability.reference_statistics(tqdm(world, "reference", clips, mininterval=10), encoder)
+    mi.save_safetensors(f"{HERE}/reference.safetensors", *statistics)
+    adaptability.rank(weights=HERE, seeds=range(seeds), out=f"{WORK}/adaptability", dtype="bfloat16")
+    shutil.copyfile(f"{WORK}/adaptability/adaptability.json", f"{HERE}/adaptability.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # The toy AIST set, as mp4s with sound, for train.py; and the adapter, trained by it on people only
 # ------------------------------------------------------------------------------------------------------------------
 
@@ -1010,5 +1026,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["data"]:
         make_data(*sys.argv[2:3])
     else:
-        for stage in sys.argv[1:] or ("vae", "text", "audio", "prior", "data", "adapter", "song", "report"):
+        for stage in sys.argv[1:] or ("vae", "text", "audio", "prior", "layers", "data", "adapter", "song", "report"):
             globals()[f"make_{stage}"]()
