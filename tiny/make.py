@@ -814,7 +814,7 @@ def make_prior(steps=3000, seed=4):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def make_layers(clips=200, seeds=4):
+def make_layers(clips=200, seeds=2):
     """reference.safetensors, the statistics of the world's clips, and adaptability.json, the ranking by them."""
     encoder, rng = mi.load_encoder(f"{HERE}/encoder.safetensors", dtype=torch.bfloat16), np.random.default_rng(88)
     world = (to_video(render(draw_scene(rng), steady_beat(rng))[None])[0] for _ in range(clips))
