@@ -1,4 +1,4 @@
-"""eval/evaluate.py: scores on toy clips whose beats are known, and what is sent to the judge."""
+"""What measures, measured: scores on toy clips whose beats are known, what is sent to the judge, the tables."""
 
 import hashlib
 import json
@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # pytest adds only eval/
+
 import musicinfuser as mi
 import sample
 import train
+from eval import ablate
 from eval import evaluate as ev
-from test_musicinfuser import HERE, PROMPT, weights  # noqa: F401
+from test_musicinfuser import HERE, PROMPT, dance_videos, song, weights  # noqa: F401
 from tiny import make
 
 GROUND = {"r": 0.6, "bas_aist": 0.75, "bas_bailando": 0.6}
@@ -123,7 +126,7 @@ def test_tracked_beats_are_the_songs_beats(songs):
     pytest.importorskip("librosa")
     for genre, tempo in TEMPOS.items():
         late = (ev.track_beats(str(songs / f"{genre}.wav")) * tempo / 60 + 0.5) % 1 - 0.5
-        assert abs(np.median(late)) * 60 / tempo < 0.012  # seconds: librosa's own lateness is taken off
+        assert abs(np.median(late)) * 60 / tempo < 0.015  # seconds
 
 
 def test_alignment_is_the_formula_in_both_directions():
@@ -315,9 +318,8 @@ def test_picture_sound_and_question_reach_the_judge(omni, grey):
     features = processor.feature_extractor(
         sound, sampling_rate=16000, return_tensors="pt", padding=True, truncation=False
     )
-    wanted = features.input_features[0]
-    heard = first["sound"].reshape(16, -1)[:, : wanted.shape[1]]  # as one row of frames, or cut into rows of them
-    torch.testing.assert_close(heard, wanted[:, : heard.shape[1]])
+    wanted = features.input_features[0, :, :-2]  # the last window depends on what follows
+    torch.testing.assert_close(first["sound"].reshape(16, -1)[:, : wanted.shape[1]], wanted)
     assert text.count("<|AUDIO|>") >= 2 * 13 - 1  # 13 or 25 a second
     between = text[text.index("<|audio_bos|>") : text.index("<|audio_eos|>")]
     assert "<|AUDIO|>" in between and "<|VIDEO|>" in between  # side by side in time
@@ -403,7 +405,7 @@ def test_protocol_makes_what_is_missing_and_scores_it(weights, songs, tmp_path, 
 def test_protocol_songs_are_the_held_out_ones_or_any_ten(tmp_path):
     for name in train.TEST_SONGS[1:]:
         (tmp_path / f"{name}.mp3").write_bytes(b"")
-    with pytest.raises(mi.InputError, match="lacks mLH4 "):
+    with pytest.raises(mi.InputError, match="lacks the held-out mLH4,"):
         ev.protocol_songs(str(tmp_path))
     (tmp_path / "mLH4.wav").write_bytes(b"")
     assert ev.protocol_songs(str(tmp_path))[0] == str(tmp_path / "mLH4.wav")
@@ -450,3 +452,66 @@ def test_bad_input_on_the_real_command_line(tmp_path):
     result = evaluate(tmp_path / "a.mp4")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "gone.wav, which is not there" in result.stderr
     assert "no such folder" in evaluate("--caption", tmp_path, "--judge", tmp_path / "none", "--device", "cpu").stderr
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# eval/ablate.py
+# ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(weights, dance_videos, monkeypatch):  # noqa: F811
+    """The smallest weights in the place of tiny/, and a ranking of their three layers."""
+    mi.save_json(weights / "adaptability.json", {"ranking": [2, 0, 1]})
+    monkeypatch.setattr(make, "HERE", str(weights))
+    monkeypatch.setattr(ablate, "DEPTH", 3)
+    monkeypatch.setattr(ablate, "COUNT", 1)
+    return dict(data=str(dance_videos), seeds=(1, 2), steps=2, batch=1)
+
+
+def test_an_ablation_is_trained_once_and_compared(toy, tmp_path, capsys, monkeypatch):
+    rows = ["ours", "ranked layers", "feature addition"]
+    results = ablate.ablate(rows, out=str(tmp_path), **toy)
+    assert [results["ranked layers"][seed]["layers"] for seed in (1, 2)] == ["2", "2"]
+    for cells in results.values():  # by hand, from the logs
+        for found in cells.values():
+            assert set(found) == {"gap_0.5", "gap_0.75", "gap_0.9", "held_out", "seconds", "parameters", "layers"}
+    last = json.loads((tmp_path / "ours-2" / "log.jsonl").read_text().splitlines()[-1])
+    assert results["ours"][2]["gap_0.75"] == last["wrong_0.75"] - last["right_0.75"]
+    gaps = np.array([[results[row][seed]["gap_0.75"] for seed in (1, 2)] for row in rows])
+    printed = capsys.readouterr().out
+    assert f"{gaps[1].mean():.4f} ± {gaps[1].std(ddof=1) / math.sqrt(2):.4f}" in printed
+    less = gaps[2] - gaps[0]
+    assert f"{less.mean():+.4f} ± {less.std(ddof=1) / math.sqrt(2):.4f} |" in printed
+
+    os.remove(tmp_path / "feature-addition-1" / "result.json")
+    trained, run = [], train.train
+    monkeypatch.setattr(train, "train", lambda *a, **o: trained.append(o["out"]) or run(*a, **o))
+    again = ablate.ablate(rows, out=str(tmp_path), **toy)
+    assert trained == [str(tmp_path / "feature-addition-1")]
+    assert {k: v for k, v in again["ours"].items()} == {k: v for k, v in results["ours"].items()}
+
+
+def test_a_row_that_fails_does_not_lose_the_others(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ablate.ROWS, "window 1", {"layers": "first", "lr": 1e30})
+    results = ablate.ablate(["window 1", "all layers"], out=str(tmp_path), **toy | {"steps": 4, "seeds": (1,)})
+    assert set(results) == {"all layers"} and "failed   window 1: the loss is not finite" in capsys.readouterr().out
+
+
+def test_the_rows_choose_valid_layers():
+    ranking = [5, 0, 11, 3, 8, 1, 10, 2, 7, 4, 6, 9]
+    sets = {name: ablate.layers_of(ablate.ROWS[name]["layers"], ranking) for name in ablate.SETS}
+    assert (sets["ranked layers"], sets["lowest-ranked layers"]) == ("0,3,5,11", "4,6,7,9")
+    for name, text in sets.items():
+        layers = [int(number) for number in text.split(",")]
+        assert layers == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < 12
+        assert len(layers) == (12 if name == "all layers" else 4)
+    assert len(set(sets.values())) == len(sets)
+    assert all(option in train.OPTIONS for row in ablate.ROWS.values() for option in row)
+
+
+@pytest.mark.parametrize("arguments, words", [(["nonsense"], "no row nonsense"), (["ours", "--data", "nowhere"], "tiny.make data")])
+def test_ablation_on_the_command_line(arguments, words):
+    line = [sys.executable, "-m", "eval.ablate", *arguments]
+    result = subprocess.run(line, capture_output=True, text=True, cwd=HERE)
+    assert result.returncode != 0 and words in result.stderr and "Traceback" not in result.stderr
