@@ -26,9 +26,8 @@ from tiny import make
 DEPTH, COUNT = 12, 4  # the tiny model's layers, and a third of them
 SIGMAS = (0.5, 0.75, 0.9)
 ROWS = {  # name: what differs from the shipped adapter's settings (tiny.make.ADAPTER)
-    "ours": {},
+    "ours": {},  # the layers that adaptability.py ranks first
     "all layers": {"layers": "all"},
-    "ranked layers": {"layers": "ranked"},
     "lowest-ranked layers": {"layers": "lowest"},
     "evenly distributed layers": {"layers": "even"},
     "first layers": {"layers": "first"},
@@ -48,7 +47,7 @@ ROWS = {  # name: what differs from the shipped adapter's settings (tiny.make.AD
     "window 1": {"window": 1},
     "audio encoder not taught beats": {"weights": "untaught"},
 }
-SETS = [name for name in ROWS if "layers" in name]
+SETS = ["ours", *(name for name in ROWS if "layers" in name)]
 
 
 def layers_of(choice, ranking):
@@ -80,16 +79,22 @@ def untaught(out):
     return folder
 
 
+def folder_of(row, seed, out):
+    return os.path.join(out, f"{row.replace(' ', '-').replace(',', '')}-{seed}")
+
+
 def cell(row, seed, out, data, ranking, common):
     """Train a row with a seed, or go on with it; returns its figures. Kept in OUT/<row>-<seed>/result.json."""
-    folder = os.path.join(out, f"{row.replace(' ', '-').replace(',', '')}-{seed}")
+    folder = folder_of(row, seed, out)
     path = os.path.join(folder, "result.json")
-    if result := train.read_json(path, dict):
-        return result
     options = make.ADAPTER | {"weights": make.HERE} | common | ROWS[row]
     if options["weights"] == "untaught":
         options["weights"] = untaught(out)
-    options["layers"] = layers_of(options["layers"], ranking)
+    options["layers"] = layers_of(options["layers"] or "ranked", ranking)
+    if result := train.read_json(path, dict):
+        if changed := [key for key in ("steps", "batch", "layers") if result[key] != options[key]]:
+            raise mi.InputError(f"{folder} holds a cell with another {', '.join(changed)}; name another --out")
+        return result
     os.makedirs(folder, exist_ok=True)
     with open(os.path.join(folder, "output.txt"), "a") as file, contextlib.redirect_stdout(file):
         with contextlib.redirect_stderr(file):
@@ -101,7 +106,7 @@ def cell(row, seed, out, data, ranking, common):
     result["held_out"] = float(np.mean([lines[-1][f"right_{s}"] for s in SIGMAS]))
     result["seconds"] = float(np.median([line["seconds"] for line in lines[:-1]]))  # the last one has the evaluation
     result["parameters"] = sum(t.numel() for t in mi.read_safetensors(adapter)[0].values())
-    result["layers"] = options["layers"]
+    result |= {key: options[key] for key in ("steps", "batch", "layers")}
     mi.save_json(path, result)
     return result
 
@@ -157,7 +162,9 @@ def commit():
     return run.stdout.strip() or "no repository"
 
 
-def ablate(rows=None, data="toy", seeds=(1, 2, 3), out="runs/ablate", films=0, dry_run=False, table_only=False, **common):
+def ablate(
+    rows=None, data="toy", seeds=(1, 2, 3), out="runs/ablate", films=0, dry_run=False, table_only=False, **common
+):
     """Train what is missing and print the tables. common: options of train.py for all rows. Raises InputError."""
     rows = rows or list(ROWS)
     if unknown := set(rows) - set(ROWS):
@@ -167,8 +174,7 @@ def ablate(rows=None, data="toy", seeds=(1, 2, 3), out="runs/ablate", films=0, d
     ranking = train.read_ranking(f"{make.HERE}/adaptability.json", DEPTH)
     common = {key: value for key, value in common.items() if value is not None}
     cells = [(row, seed) for seed in seeds for row in rows]
-    folder = lambda row, seed: os.path.join(out, f"{row.replace(' ', '-').replace(',', '')}-{seed}")  # noqa: E731
-    done = [train.read_json(os.path.join(folder(*c), "result.json"), dict) for c in cells]
+    done = [train.read_json(os.path.join(folder_of(*c, out), "result.json"), dict) for c in cells]
     pace = np.median([result["seconds"] for result in done if result] or [1.0])
     steps = common.get("steps", make.ADAPTER["steps"])
     left = sum(result is None for result in done)
@@ -179,7 +185,7 @@ def ablate(rows=None, data="toy", seeds=(1, 2, 3), out="runs/ablate", films=0, d
     results, failed, began = {row: {} for row in rows}, {}, time.time()
     for row, seed in tqdm(cells, "cells", disable=table_only):
         try:
-            if not table_only or os.path.exists(os.path.join(folder(row, seed), "result.json")):
+            if not table_only or os.path.exists(os.path.join(folder_of(row, seed, out), "result.json")):
                 results[row][seed] = cell(row, seed, out, data, ranking, common)
         except mi.InputError as error:  # the others go on
             failed[row] = str(error)
@@ -190,7 +196,7 @@ def ablate(rows=None, data="toy", seeds=(1, 2, 3), out="runs/ablate", films=0, d
     for row, error in failed.items():
         print(f"failed   {row}: {error}")
     if films:
-        adapters = {row: os.path.join(folder(row, seeds[0]), "musicinfuser.safetensors") for row in results}
+        adapters = {row: os.path.join(folder_of(row, seeds[0], out), "musicinfuser.safetensors") for row in results}
         print("\n" + filmed(adapters | {"the prior, without music": None}, films))
     print(f"\n{(time.time() - began) / 60:.0f} minutes")
     return results

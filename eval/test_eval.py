@@ -470,12 +470,12 @@ def toy(weights, dance_videos, monkeypatch):  # noqa: F811
 
 
 def test_an_ablation_is_trained_once_and_compared(toy, tmp_path, capsys, monkeypatch):
-    rows = ["ours", "ranked layers", "feature addition"]
+    rows = ["ours", "last layers", "feature addition"]
     results = ablate.ablate(rows, out=str(tmp_path), **toy)
-    assert [results["ranked layers"][seed]["layers"] for seed in (1, 2)] == ["2", "2"]
+    assert [results["ours"][seed]["layers"] for seed in (1, 2)] == ["2", "2"]
     for cells in results.values():  # by hand, from the logs
         for found in cells.values():
-            assert set(found) == {"gap_0.5", "gap_0.75", "gap_0.9", "held_out", "seconds", "parameters", "layers"}
+            assert set(found) == {"gap_0.5", "gap_0.75", "gap_0.9", "held_out", "seconds", "parameters", "layers", "steps", "batch"}
     last = json.loads((tmp_path / "ours-2" / "log.jsonl").read_text().splitlines()[-1])
     assert results["ours"][2]["gap_0.75"] == last["wrong_0.75"] - last["right_0.75"]
     gaps = np.array([[results[row][seed]["gap_0.75"] for seed in (1, 2)] for row in rows])
@@ -500,8 +500,8 @@ def test_a_row_that_fails_does_not_lose_the_others(toy, tmp_path, monkeypatch, c
 
 def test_the_rows_choose_valid_layers():
     ranking = [5, 0, 11, 3, 8, 1, 10, 2, 7, 4, 6, 9]
-    sets = {name: ablate.layers_of(ablate.ROWS[name]["layers"], ranking) for name in ablate.SETS}
-    assert (sets["ranked layers"], sets["lowest-ranked layers"]) == ("0,3,5,11", "4,6,7,9")
+    sets = {name: ablate.layers_of(ablate.ROWS[name].get("layers", "ranked"), ranking) for name in ablate.SETS}
+    assert (sets["ours"], sets["lowest-ranked layers"]) == ("0,3,5,11", "4,6,7,9")
     for name, text in sets.items():
         layers = [int(number) for number in text.split(",")]
         assert layers == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < 12
