@@ -511,15 +511,18 @@ def rms(x, weight=None, eps=1e-6):  # in float32
 
 
 def scaled(x, scale):  # the adaptive norm before a branch; x (B, N, D), scale (B, 1, D)
-    return (rms(x) * (1 + scale.float())).to(x.dtype)
+    return rms(x).mul_(1 + scale.float()).to(x.dtype)
 
 
 def gated(x, branch, gate):  # the residual: the branch's output is normalised and gated
-    return x + (torch.tanh(gate.float()) * rms(branch)).to(x.dtype)
+    return x + rms(branch).mul_(torch.tanh(gate.float())).to(x.dtype)
 
 
-def rotate(x, cos, sin):  # x (B, N, nh, hd), cos and sin (N, nh, hd/2): pairs (2i, 2i + 1) turn by their angle
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+def rotate(x, turns):  # x (B, N, nh, hd); turns (N, nh, hd/2, 2), cos and sin: pairs (2i, 2i + 1) turn by their angle
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():  # a third of the time as complex numbers, which compiling does not know
+        return torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(turns)).flatten(-2)
+    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
 
 
@@ -563,8 +566,8 @@ class JointAttention(nn.Module):
     def forward(self, x, y, rope, mask):  # x (B, N, D), y (B, L, Dy), mask None or (B, 1, 1, N + L)
         qx, kx, vx = self.qkv_x(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, nh, hd) each
         qy, ky, vy = self.qkv_y(y).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, L, nh, hd) each
-        q = torch.cat([rotate(self.q_norm_x(qx), *rope), self.q_norm_y(qy)], 1).to(vx.dtype).transpose(1, 2)
-        k = torch.cat([rotate(self.k_norm_x(kx), *rope), self.k_norm_y(ky)], 1).to(vx.dtype).transpose(1, 2)
+        q = torch.cat([rotate(self.q_norm_x(qx), rope), self.q_norm_y(qy)], 1).to(vx.dtype).transpose(1, 2)
+        k = torch.cat([rotate(self.k_norm_x(kx), rope), self.k_norm_y(ky)], 1).to(vx.dtype).transpose(1, 2)
         v = torch.cat([vx, vy], 1).transpose(1, 2)  # (B, nh, N + L, hd)
         o = F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, N + L, D)
         ox, oy = o.split([x.shape[1], y.shape[1]], 1)
@@ -657,14 +660,14 @@ class FinalLayer(nn.Module):
         return self.linear(x.to(self.linear.weight.dtype))
 
 
-def rope_angles(frequencies, t, h, w):
-    """frequencies (3, nh, hd/2) -> cos, sin (N, nh, hd/2). Rows and columns are centred and scaled to Mochi's area
+def rope_turns(frequencies, t, h, w):
+    """frequencies (3, nh, hd/2) -> (N, nh, hd/2, 2), cos and sin of the angles. Rows and columns are centred and scaled to Mochi's area
     of 192^2 tokens; frames count 0, 1, 2, ... (the text is not rotated, so absolute positions matter)."""
     device, s = frequencies.device, math.sqrt(192**2 / (h * w))
     rows, columns = ((torch.arange(n, device=device) + 0.5 - n / 2) * s for n in (h, w))
     positions = torch.cartesian_prod(torch.arange(t, device=device, dtype=torch.float32), rows, columns)  # (N, 3)
     angles = torch.einsum("np,phf->nhf", positions, frequencies.float())
-    return angles.cos(), angles.sin()
+    return torch.stack([angles.cos(), angles.sin()], -1)
 
 
 @dataclass
@@ -709,7 +712,7 @@ class DiT(nn.Module):
 
     def forward(self, x, sigma, y_feat, y_mask, audio=None, skip=()):
         t, h, w = x.shape[2], x.shape[3] // self.patch, x.shape[4] // self.patch
-        rope = self.once((t, h, w), lambda: rope_angles(self.pos_frequencies, t, h, w))
+        rope = self.once((t, h, w), lambda: rope_turns(self.pos_frequencies, t, h, w))
         given = lambda: self.given(t, y_feat, y_mask, audio)  # noqa: E731
         y, mask, pooled, heard = self.once((t, id(y_feat), id(y_mask), id(audio)), given)
         c = F.silu(self.t_embedder(sigma) + pooled)[:, None]  # (B, 1, D)

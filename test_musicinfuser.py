@@ -867,6 +867,16 @@ def test_training_with_offloaded_blocks_gives_the_same_adapter(weights, dance_vi
     assert open(paths[0], "rb").read() == open(paths[1], "rb").read()
 
 
+def test_training_begins_from_an_adapter(weights, dance_videos, tmp_path):
+    options = dict(weights=str(weights), device="cpu", layers="0,2", rank=2, steps=1)  # whose learning rate is 0
+    given = str(weights / "musicinfuser.safetensors")
+    path = train.train(str(dance_videos / "aist"), init=given, out=str(tmp_path / "a"), **options)
+    wanted = load_file(given)
+    assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in load_file(path).items())
+    with pytest.raises(mi.InputError, match="of shape"):
+        train.train(str(dance_videos / "aist"), init=given, out=str(tmp_path / "b"), **options | {"rank": 3})
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(weights, dance_videos, tmp_path, monkeypatch):
     loss, seen = mi.flow_matching_loss, []
 

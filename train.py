@@ -383,6 +383,7 @@ OPTIONS = {  # name: (default, type, help); a default of None follows from the m
     "window": (None, int, "latent frames either side that a frame hears; default: all"),
     "rank": (64, int, "of LoRA; 0: none"),
     "random_init": (False, bool, "no zero initialisation"),
+    "init": (None, str, "an adapter of the same shapes to begin from; default: a fresh one"),
     "beta": (3.0, float, "Beta-Uniform noise begins at Beta(1, beta); 1: uniform throughout"),
     "half_life": (None, float, "steps in which it comes half-way to uniform; default: a twentieth of --steps"),
     "base_prompt_ratio": (0.2, float, "how often the plain prompt replaces the clip's own"),
@@ -451,6 +452,11 @@ def train(data, **options):
     audio_width = mi.read_safetensors(clips[0]["entry"])[0]["audio"].shape[-1]
     mi.infuse(dit, layers, settings["rank"], settings["window"], heads=8 if settings["adapter"] == "zica" else 0,
               audio_width=audio_width, zero_init=not settings["random_init"])  # fmt: skip
+    if settings["init"]:
+        tensors, fresh = mi.read_safetensors(settings["init"])[0], mi.adapter_parameters(dit)
+        mi.check_names(settings["init"], {k: t.shape for k, t in tensors.items()}, {k: p.shape for k, p in fresh.items()})
+        for k, p in fresh.items():
+            p.data.copy_(tensors[k])
     if settings["compile"]:
         mi.compile_blocks(dit)
     parameters = list(mi.adapter_parameters(dit).values())

@@ -1,4 +1,4 @@
-"""What measures, measured: scores on toy clips whose beats are known, what is sent to the judge, the tables."""
+"""What measures, measured: scores on toy clips whose beats are known, what is sent to the judge."""
 
 import hashlib
 import json
@@ -16,9 +16,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import musicinfuser as mi
 import sample
 import train
-from eval import ablate
 from eval import evaluate as ev
-from test_musicinfuser import HERE, PROMPT, dance_videos, song, weights  # noqa: F401
+from test_musicinfuser import HERE, PROMPT, weights  # noqa: F401
 from tiny import make
 
 GROUND = {"r": 0.6, "bas_aist": 0.75, "bas_bailando": 0.6}
@@ -452,66 +451,3 @@ def test_bad_input_on_the_real_command_line(tmp_path):
     result = evaluate(tmp_path / "a.mp4")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "gone.wav, which is not there" in result.stderr
     assert "no such folder" in evaluate("--caption", tmp_path, "--judge", tmp_path / "none", "--device", "cpu").stderr
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# eval/ablate.py
-# ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def toy(weights, dance_videos, monkeypatch):  # noqa: F811
-    """The smallest weights in the place of tiny/, and a ranking of their three layers."""
-    mi.save_json(weights / "adaptability.json", {"ranking": [2, 0, 1]})
-    monkeypatch.setattr(make, "HERE", str(weights))
-    monkeypatch.setattr(ablate, "DEPTH", 3)
-    monkeypatch.setattr(ablate, "COUNT", 1)
-    return dict(data=str(dance_videos), seeds=(1, 2), steps=2, batch=1)
-
-
-def test_an_ablation_is_trained_once_and_compared(toy, tmp_path, capsys, monkeypatch):
-    rows = ["ours", "last layers", "feature addition"]
-    results = ablate.ablate(rows, out=str(tmp_path), **toy)
-    assert [results["ours"][seed]["layers"] for seed in (1, 2)] == ["2", "2"]
-    for cells in results.values():  # by hand, from the logs
-        for found in cells.values():
-            assert set(found) == {"gap_0.5", "gap_0.75", "gap_0.9", "held_out", "seconds", "parameters", "layers", "steps", "batch"}
-    last = json.loads((tmp_path / "ours-2" / "log.jsonl").read_text().splitlines()[-1])
-    assert results["ours"][2]["gap_0.75"] == last["wrong_0.75"] - last["right_0.75"]
-    gaps = np.array([[results[row][seed]["gap_0.75"] for seed in (1, 2)] for row in rows])
-    printed = capsys.readouterr().out
-    assert f"{gaps[1].mean():.4f} ± {gaps[1].std(ddof=1) / math.sqrt(2):.4f}" in printed
-    less = gaps[2] - gaps[0]
-    assert f"{less.mean():+.4f} ± {less.std(ddof=1) / math.sqrt(2):.4f} |" in printed
-
-    os.remove(tmp_path / "feature-addition-1" / "result.json")
-    trained, run = [], train.train
-    monkeypatch.setattr(train, "train", lambda *a, **o: trained.append(o["out"]) or run(*a, **o))
-    again = ablate.ablate(rows, out=str(tmp_path), **toy)
-    assert trained == [str(tmp_path / "feature-addition-1")]
-    assert {k: v for k, v in again["ours"].items()} == {k: v for k, v in results["ours"].items()}
-
-
-def test_a_row_that_fails_does_not_lose_the_others(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(ablate.ROWS, "window 1", {"layers": "first", "lr": 1e30})
-    results = ablate.ablate(["window 1", "all layers"], out=str(tmp_path), **toy | {"steps": 4, "seeds": (1,)})
-    assert set(results) == {"all layers"} and "failed   window 1: the loss is not finite" in capsys.readouterr().out
-
-
-def test_the_rows_choose_valid_layers():
-    ranking = [5, 0, 11, 3, 8, 1, 10, 2, 7, 4, 6, 9]
-    sets = {name: ablate.layers_of(ablate.ROWS[name].get("layers", "ranked"), ranking) for name in ablate.SETS}
-    assert (sets["ours"], sets["lowest-ranked layers"]) == ("0,3,5,11", "4,6,7,9")
-    for name, text in sets.items():
-        layers = [int(number) for number in text.split(",")]
-        assert layers == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < 12
-        assert len(layers) == (12 if name == "all layers" else 4)
-    assert len(set(sets.values())) == len(sets)
-    assert all(option in train.OPTIONS for row in ablate.ROWS.values() for option in row)
-
-
-@pytest.mark.parametrize("arguments, words", [(["nonsense"], "no row nonsense"), (["ours", "--data", "nowhere"], "tiny.make data")])
-def test_ablation_on_the_command_line(arguments, words):
-    line = [sys.executable, "-m", "eval.ablate", *arguments]
-    result = subprocess.run(line, capture_output=True, text=True, cwd=HERE)
-    assert result.returncode != 0 and words in result.stderr and "Traceback" not in result.stderr

@@ -878,7 +878,8 @@ def make_data(folder="toy", aist=320, wild=320, seed=5):
 
 
 ADAPTER = dict(
-    steps=500, batch=14, lr=2e-3, rank=16, layers=None, window=0, beta=1.0, audio_dropout=0.1, dtype="bfloat16"
+    steps=400, batch=14, lr=2e-3, rank=16, layers="all", window=0, beta=0.5, half_life=1e9, audio_dropout=0.1,
+    dtype="bfloat16",
 )
 
 
