@@ -661,8 +661,8 @@ class FinalLayer(nn.Module):
 
 
 def rope_turns(frequencies, t, h, w):
-    """frequencies (3, nh, hd/2) -> (N, nh, hd/2, 2), cos and sin of the angles. Rows and columns are centred and scaled to Mochi's area
-    of 192^2 tokens; frames count 0, 1, 2, ... (the text is not rotated, so absolute positions matter)."""
+    """frequencies (3, nh, hd/2) -> (N, nh, hd/2, 2), cos and sin of the angles. Rows and columns are centred and scaled
+    to Mochi's area of 192^2 tokens; frames count 0, 1, 2, ... (the text is not rotated: absolute positions matter)."""
     device, s = frequencies.device, math.sqrt(192**2 / (h * w))
     rows, columns = ((torch.arange(n, device=device) + 0.5 - n / 2) * s for n in (h, w))
     positions = torch.cartesian_prod(torch.arange(t, device=device, dtype=torch.float32), rows, columns)  # (N, 3)
@@ -776,7 +776,8 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
     """Mochi's transformer from genmo's dit.safetensors, sizes read off the shapes; frozen, strict both ways.
 
     dtype is that of the matrices; norms and rope frequencies stay float32. device="meta" reads shapes only.
-    offload: the blocks stay in host memory or in the file, see Offload; the outputs are the same bit for bit. Raises InputError for a file that is missing, cut short or not such a model.
+    offload: the blocks stay in host memory or in the file, see Offload; the outputs are the same bit for bit.
+    Raises InputError for a file that is missing, cut short or not such a model.
     """
     needed = ("pos_frequencies", "x_embedder.proj.weight", "t5_yproj.weight", "blocks.0.mlp_x.w2.weight")
     shapes, metadata = shapes_of(path, "a Mochi transformer", *needed)

@@ -249,7 +249,7 @@ def collate(rows, natural):
 
 
 @torch.no_grad()
-def listening_gap(dit, held_out, device, batch=1, sigmas=(0.5, 0.75, 0.9)):
+def listening_gap(dit, held_out, device, batch=1, sigmas=(0.25, 0.5, 0.75, 0.9)):
     """Loss on held-out clips with their own song and with another's, at each sigma, the same noise throughout."""
     z, _, eps, y_feat, y_mask, audio = (tensor.to(device) for tensor in held_out)
     losses = {}

@@ -30,7 +30,7 @@ import train
 from eval.evaluate import style
 from tiny import make
 
-SIGMAS = (0.5, 0.75, 0.9)
+SIGMAS = (0.25, 0.5, 0.75, 0.9)
 PRIOR, TRUTH = "prior without music", "ground truth through the VAE"
 ROWS = {  # name: what differs from the shipped adapter's settings (tiny.make.ADAPTER)
     "ours": {},
@@ -46,6 +46,7 @@ ROWS = {  # name: what differs from the shipped adapter's settings (tiny.make.AD
     "feature addition": {"adapter": "add"},
     "uniform noise": {"beta": 1.0},
     "Beta-Uniform noise": {"beta": 3.0},
+    "noise nearer to 1": {"beta": 0.5, "half_life": 1e9},
     "no in-the-wild data": {"wild_ratio": 0.0},
     "no zero initialisation": {"random_init": True},
     "LoRA rank 4": {"rank": 4},
@@ -391,7 +392,7 @@ def run_cells(rows, seeds, out, data, weights, common, results, configs, dry_run
     same_table(planned)
     options = make.ADAPTER | common
     left, pace = seconds_left(new, results, options["batch"])
-    print(f"weights  {weights}, {options['dtype']}; {hardware()}")
+    print(f"weights  {os.path.relpath(weights)}, {options['dtype']}; {hardware()}")
     print(
         f"cells    {len(rows)} rows, seeds {' '.join(map(str, seeds))}, {options['steps']} steps of {options['batch']}"
     )

@@ -63,7 +63,7 @@ def test_rows_and_seeds_of_the_command_line(made, small):
     ours, added = gaps(out, "ours"), gaps(out, "feature-addition")
     log = [json.loads(line) for line in (out / "ours-2" / "log.jsonl").read_text().splitlines()]
     assert ours[1] == log[-1]["wrong_0.75"] - log[-1]["right_0.75"] and ours[0] != ours[1]
-    right = np.mean([log[-1][f"right_{s}"] for s in (0.5, 0.75, 0.9)])
+    right = np.mean([log[-1][f"right_{s}"] for s in (0.25, 0.5, 0.75, 0.9)])
     assert gaps(out, "ours", "held_out")[1] == pytest.approx(right, abs=1e-12)
     first, second, line = (part.splitlines() for part in result.stdout.split("\n\n")[-3:])
     assert line[0].startswith("python -m eval.ablate ours feature-addition --weights ")
@@ -180,7 +180,7 @@ def test_the_prior_hears_nothing_and_an_untrained_adapter_is_the_prior(small, tm
     results = ablate.ablate(["ours", ablate.PRIOR], out=str(tmp_path), seeds=(1, 2), **small | {"steps": 1})
     for seed in (1, 2):
         ours, prior = results["ours"][seed], results[ablate.PRIOR][seed]
-        assert [prior[f"gap_{s}"] for s in ablate.SIGMAS] == [0, 0, 0] and prior["parameters"] == 0
+        assert [prior[f"gap_{s}"] for s in ablate.SIGMAS] == [0, 0, 0, 0] and prior["parameters"] == 0
         assert ours["held_out"] == pytest.approx(prior["held_out"], rel=1e-5)
     assert results[ablate.PRIOR][1]["held_out"] != results[ablate.PRIOR][2]["held_out"]  # each seed has its noise
 
