@@ -195,7 +195,8 @@ def folder_digest(weights, metric):
     for folder in ("text_encoder", "tokenizer"):
         if not os.path.isdir(os.path.join(weights, folder)):
             raise mi.InputError(f"no such folder: {os.path.join(weights, folder)}")
-        files += [os.path.join(folder, name) for name in sorted(os.listdir(os.path.join(weights, folder)))]
+        names = (os.path.join(folder, name) for name in sorted(os.listdir(os.path.join(weights, folder))))
+        files += [name for name in names if os.path.isfile(os.path.join(weights, name))]
     return digest([(name, file_digest(os.path.join(weights, name))) for name in files])
 
 

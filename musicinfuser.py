@@ -58,7 +58,7 @@ def main(function):
         out_of_memory = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
         if type(error) is RuntimeError and not out_of_memory:
             raise
-        hint = "; --offload, fewer frames or a smaller size take less" if out_of_memory else ""
+        hint = "; fewer frames, a smaller size, or --offload where there is one, take less" if out_of_memory else ""
         sys.exit("error: " + " ".join(str(error).split())[:600] + hint)
     except KeyboardInterrupt:
         sys.exit("stopped")
@@ -720,8 +720,8 @@ class DiT(nn.Module):
         mask = None if mask.all() else F.pad(mask, (x.shape[1], 0), value=True)[:, None, None]
         for i in range(len(self.blocks)):
             if i not in skip:
-                layer = self.layer if not (self.checkpointing and torch.is_grad_enabled()) else self.layer_again
-                x, y = layer(i, x, y, c, rope, mask, heard.get(i))
+                layer = lambda x, y, i=i: self.layer(i, x, y, c, rope, mask, heard.get(i))  # noqa: E731
+                x, y = self.again(layer, x, y) if self.checkpointing and torch.is_grad_enabled() else layer(x, y)
         x = self.final_layer(x, c).float()
         x = x.unflatten(1, (t, h, w)).unflatten(-1, (self.patch, self.patch, -1))  # (B, T, h, w, p1, p2, C)
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
@@ -750,10 +750,10 @@ class DiT(nn.Module):
             x = self.audio_cross_attn_blocks[self.audio_layers.index(i)](x, heard, self.window)
         return x, y
 
-    def layer_again(self, *arguments):  # computed anew in the backward pass, so that only its input is kept
+    def again(self, layer, x, y):  # computed anew in the backward pass, so that only its input is kept
         offload = self.fetch and self.fetch.stream
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if offload else nullcontext():
-            return checkpoint(self.layer, *arguments, use_reentrant=False)
+            return checkpoint(layer, x, y, use_reentrant=False)
 
 
 def compile_blocks(dit):
@@ -916,11 +916,15 @@ def choose_layers(choice, depth, count=None):
     return list(range(start[choice], start[choice] + count))
 
 
+def check_layers(layers, depth):
+    if not layers or len(set(layers)) < len(layers) or min(layers) < 0 or max(layers) >= depth:
+        raise InputError(f"layers must be different numbers from 0 to {depth - 1}, not {layers}")
+
+
 def attach(dit, layers, audio_width, heads, window):
     """The audio projector, and ZICA after those layers, in place of any that were there; heads=0: FeatureAddition."""
     layers = [int(layer) for layer in layers]
-    if not layers or len(set(layers)) < len(layers) or min(layers) < 0 or max(layers) >= len(dit.blocks):
-        raise InputError(f"layers must be different numbers from 0 to {len(dit.blocks) - 1}, not {layers}")
+    check_layers(layers, len(dit.blocks))
     if heads and dit.width % heads:
         raise InputError(f"{heads} audio heads do not divide the model's width of {dit.width}")
     dit.audio_layers, dit.window = sorted(layers), window
@@ -1208,11 +1212,12 @@ def read_frames(path, height, width, fps=30, crop=None):
     filters += f",crop='min(iw,ih*{width}/{height})':'min(ih,iw*{height}/{width})'"
     command = [get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", os.path.abspath(path), "-map", "0:v:0", "-vf",
                f"{filters},scale={width}:{height}:flags=area", "-pix_fmt", "rgb24", "-f", "rawvideo", "-"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+    with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said) as run:
         while len(frame := run.stdout.read(height * width * 3)) == height * width * 3:
             yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).copy()
         if run.wait():
-            lines = run.stderr.read().decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
+            said.seek(0)
+            lines = said.read().decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
             raise InputError(f"{path} cannot be read as video ({lines[-1]})")
 
 

@@ -79,6 +79,9 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     if adapter:
         mi.load_adapter(dit, adapter)
     mi.load_decoder(path("decoder.safetensors"), device="meta")
+    for name in ("text_encoder", "tokenizer", *(["audio_encoder"] if adapter else [])):
+        if not os.path.isdir(path(name)):
+            raise mi.InputError(f"no such folder: {path(name)}")
     if out.endswith(".mp4") and len(seeds) > 1:
         raise mi.InputError(f"--out {out} is one file for {len(seeds)} seeds; name a folder")
     free_name(out, "")
@@ -114,6 +117,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
         with torch.inference_mode():
             z = mi.sample(dit, noise, text, null, audio, sigmas=sigmas, cfg=cfg, music_cfg=music_cfg, skip=tuple(skip),
                           skip_scale=skip_scale, progress=lambda s: tqdm(s, f"seed {seed}", unit="step"))  # fmt: skip
+            if not z.isfinite().all():
+                raise mi.InputError("the latents are not finite; lower the guidance scales, or try --dtype float32")
             video = decoder(mi.to_vae_space(z, natural.mean, natural.std))[0]
         paths.append(free_name(out, f"{stem}-{seed}"))
         mi.save_video(paths[-1], video, natural.fps, song, start, speed)
@@ -121,7 +126,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
             "song": song, "prompt": prompt, "negative": negative, "seed": seed, "weights": weights,
             "adapter": adapter or "none", "frames": frames, "size": [height, width], "steps": steps, "cfg": cfg,
             "music_cfg": music_cfg, "skip": list(skip), "skip_scale": skip_scale, "start": start, "speed": speed,
-            "offload": offload, "compile": compile, "device": str(device), "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
+            "offload": offload, "compile": compile, "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
         }  # fmt: skip
         mi.save_json(paths[-1][: -len(".mp4")] + ".json", recipe)
         print(paths[-1])

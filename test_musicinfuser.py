@@ -732,6 +732,17 @@ def test_loading_as_bfloat16_needs_little_more_than_the_model(tmp_path):
     assert 0.8 * model < peak < 1.15 * model + 10e6
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_video_that_ffmpeg_says_a_lot_about_is_read_to_its_end(tmp_path, monkeypatch):
+    (tmp_path / "ffmpeg").write_text("#!/bin/sh\nhead -c 300000 /dev/zero >&2; head -c 12 /dev/zero\nexit 1\n")
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setattr(mi, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    frames = mi.read_frames("a.mp4", 2, 2)
+    assert next(frames).shape == (2, 2, 3)
+    with pytest.raises(mi.InputError, match="a.mp4 cannot be read as video"):
+        next(frames)
+
+
 def test_failed_writing_leaves_nothing(tmp_path):
     with pytest.raises(mi.InputError, match="cannot write"), mi.written_whole(tmp_path / "a") as temporary:
         open(temporary, "w").close()
@@ -849,6 +860,24 @@ def test_a_run_folder_of_another_run_is_refused(weights, dance_videos, tmp_path)
     assert not any("lora" in name for name in load_file(tmp_path / "run" / "musicinfuser.safetensors"))
 
 
+def test_a_mistake_or_an_option_that_changes_nothing_does_not_lock_the_run_folder(weights, dance_videos, tmp_path):
+    options = dict(weights=str(weights), device="cpu", steps=2, rank=2, out=str(tmp_path / "run"))
+    for wrong in (dict(data="nowhere"), dict(layers="0,99"), dict(init="nothing.safetensors")):
+        with pytest.raises(mi.InputError, match="no such|layers must be"):
+            train.train(**{"data": str(dance_videos / "aist"), "layers": "all"} | options | wrong)
+    train.train(str(dance_videos / "aist"), layers="all", **options)
+    train.train(str(dance_videos / "aist"), layers="all", **options, save_every=1, offload=True)
+
+
+@pytest.mark.parametrize("option", ["steps=0", "batch=0", "accumulate=0", "beta=0", "half_life=0", "rank=-1", "lr=nan",
+                                    "save_every=0", "eval_every=0", "wild_ratio=-1", "caption_dropout=1.5"])  # fmt: skip
+def test_numbers_that_cannot_be_are_refused_at_once(option, tmp_path):
+    name, value = option.split("=")
+    with pytest.raises(mi.InputError, match=f"--{name.replace('_', '-')} must"):
+        train.train("nowhere", **{name: float(value), "out": str(tmp_path / "run")})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("options", [dict(adapter="add"), dict(random_init=True), dict(window=0, audio_dropout=0.5), dict(beta=1.0)])
 def test_the_ablations_train_and_load(weights, dance_videos, tmp_path, options):
     path = train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=8, layers="last", top=2, rank=2,
@@ -901,6 +930,33 @@ def test_aist_names_splits_and_prompts(dance_videos):
     first, *_ = train.aist_prompts("gHO_sFM_c10_d04_d02_mHO2_ch02")
     assert first == ("a professional male dancer and a professional female dancer dancing House in an advanced dance setting "
                      "in a studio with a white backdrop, moving front view")  # fmt: skip
+
+
+def test_a_caption_that_is_empty_or_in_another_encoding(tmp_path):
+    for name, text in (("a", b" \n"), ("b", "caf\xe9".encode("latin-1"))):
+        (tmp_path / f"{name}.mp4").touch(), (tmp_path / f"{name}.txt").write_bytes(text)
+    (tmp_path / "aist").mkdir()
+    assert [v["prompts"] for v in train.find_videos(tmp_path / "aist", tmp_path)] == [["a dance video"], ["caf\ufffd"]]
+
+
+@pytest.mark.parametrize("counts", [(2, 2), (9, 1), (5, 1, 1), (3, 3, 3, 3, 3, 3, 3)])
+def test_the_wrong_song_of_a_held_out_clip_is_never_its_own(counts, tmp_path):
+    clips = [{"song": song, "entry": tmp_path / f"{song}-{i}"} for song, n in enumerate(counts) for i in range(n)]
+    for clip in clips:
+        tensors = {"mean": torch.zeros(12, 2, 4, 4), "audio": torch.full((5, 3), float(clip["song"]))}
+        mi.save_safetensors(clip["entry"], tensors)
+    texts = {train.PLAIN: {"y_feat": torch.zeros(2, 4), "y_mask": torch.ones(2, dtype=torch.bool)}}
+    *_, audio, other = train.held_out_rows(clips, texts, mi.Natural(), 0)
+    assert audio.shape == other.shape == (min(sum(counts), 16), 5, 3)
+    assert (audio != other).all() and {*other.flatten().tolist()} <= {*map(float, range(len(counts)))}
+    assert train.held_out_rows(clips[: counts[0]], texts, mi.Natural(), 0) is None
+
+
+def test_the_hidden_folder_of_a_download_is_no_part_of_a_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = train.folder_digest(tmp_path, {})
+    (tmp_path / ".cache").mkdir()
+    assert train.folder_digest(tmp_path, {}) == before
 
 
 def test_clips_are_five_a_minute_within_the_middle():

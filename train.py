@@ -5,6 +5,7 @@ that was killed goes on by the same command and ends with the adapter of a run t
 """
 
 import argparse
+import datetime
 import hashlib
 import json
 import math
@@ -67,9 +68,11 @@ def find_videos(data, wild, split="train"):
             if match[3] in TRAINING_CAMERAS and (song in TEST_SONGS) == (split == "test"):
                 videos.append({"path": path, "kind": "aist", "song": song, "prompts": aist_prompts(match[0])})
     for path in walk(wild) if wild and split == "train" else ():
-        caption = os.path.splitext(path)[0] + ".txt"
-        prompts = [open(caption).read().strip()] if os.path.exists(caption) else [WILD_PLAIN]
-        videos.append({"path": path, "kind": "wild", "song": path, "prompts": prompts})
+        caption, text = os.path.splitext(path)[0] + ".txt", ""
+        if os.path.exists(caption):
+            with open(caption, encoding="utf-8", errors="replace") as file:
+                text = file.read().strip()
+        videos.append({"path": path, "kind": "wild", "song": path, "prompts": [text or WILD_PLAIN]})
     return videos
 
 
@@ -100,7 +103,10 @@ def file_digest(path, index):
 
 
 def folder_digest(folder, index):
-    return digest(*(file_digest(os.path.join(folder, name), index) for name in sorted(os.listdir(folder))))
+    if not os.path.isdir(folder):
+        raise mi.InputError(f"no such folder: {folder}")
+    paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)))
+    return digest(*(file_digest(path, index) for path in paths if os.path.isfile(path)))  # hf leaves a .cache/
 
 
 def read_entry(path, *names):
@@ -162,6 +168,9 @@ def cached_clips(videos, folder, weights, size, length, fps, device, dtype):
                         mean, logvar = encoder(frames.to(device))
                     entry = {"mean": mean[0], "logvar": logvar[0], "audio": listen(waveform)[0]}
                     mi.save_safetensors(wanted[start], entry)
+                starts = [start for start in starts if os.path.exists(wanted[start])]  # it may end before it says
+                if not starts:
+                    raise mi.InputError(f"{video['path']} ends before its first clip does")
                 mi.save_json(listing, starts)
         except mi.InputError as error:
             failed.append(str(error))
@@ -209,7 +218,7 @@ class Data:
         self.texts, self.natural, self.settings = texts, natural, settings
 
     def choose(self, n):
-        """(clip, prompt, generator) of sample n: every clip of its kind once an epoch, the kinds mixed at the ratio."""
+        """(clip, prompt, generator) of sample n: the kinds mixed at the ratio, within one a clip at most once an epoch."""
         s = self.settings
         rng = random.Random(f"{s['seed']} {n}")
         wild = self.kinds["wild"] and (not self.kinds["aist"] or rng.random() < s["wild_ratio"] / (1 + s["wild_ratio"]))
@@ -231,7 +240,7 @@ class Data:
             entry = mi.read_safetensors(clip["entry"])[0]
             z = entry["mean"] + (entry["logvar"] / 2).exp() * torch.randn(entry["mean"].shape, generator=generator)
             sigma = mi.beta_uniform(step, 1, self.settings["beta"], self.settings["half_life"], generator)
-            text = self.texts[prompt or PLAIN]
+            text = self.texts[PLAIN if prompt is None else prompt]
             y_mask = text["y_mask"] & (prompt is not None)
             rows.append(
                 (z, sigma[0], torch.randn(z.shape, generator=generator), text["y_feat"], y_mask, entry["audio"])
@@ -250,12 +259,12 @@ def collate(rows, natural):
 
 @torch.no_grad()
 def listening_gap(dit, held_out, device, batch=1, sigmas=(0.25, 0.5, 0.75, 0.9)):
-    """Loss on held-out clips with their own song and with another's, at each sigma, the same noise throughout."""
-    z, _, eps, y_feat, y_mask, audio = (tensor.to(device) for tensor in held_out)
+    """Loss on held_out_rows with their own song and with another's, at each sigma, the same noise throughout."""
+    z, _, eps, y_feat, y_mask, audio, other = (tensor.to(device) for tensor in held_out)
     losses = {}
     for s in sigmas:
         sigma = torch.full((len(z),), s, device=device)
-        for name, song in (("right", audio), ("wrong", audio.roll(1, 0))):
+        for name, song in (("right", audio), ("wrong", other)):
             rows = zip(*(tensor.split(batch) for tensor in (z, sigma, eps, y_feat, y_mask, song)))
             parts = [mi.flow_matching_loss(dit, *row) for row in rows]
             losses[f"{name}_{s}"] = torch.cat(parts).mean().item()
@@ -263,8 +272,10 @@ def listening_gap(dit, held_out, device, batch=1, sigmas=(0.25, 0.5, 0.75, 0.9))
 
 
 def held_out_rows(clips, texts, natural, seed, count=16):
-    """Clips of the test songs, one song after another so that a neighbour's song is another one."""
+    """A batch of clips of the test songs, one song after another, and another song for each; None for fewer than two."""
     rows, songs = [], sorted({clip["song"] for clip in clips})
+    if len(songs) < 2:
+        return None
     by_song = [[clip for clip in clips if clip["song"] == song] for song in songs]
     chosen = [group[i] for i in range(count) for group in by_song if i < len(group)][:count]
     for i, clip in enumerate(chosen):
@@ -272,7 +283,9 @@ def held_out_rows(clips, texts, natural, seed, count=16):
         text = texts[PLAIN]
         eps = torch.randn(entry["mean"].shape, generator=generator)
         rows.append((entry["mean"], torch.tensor(0.0), eps, text["y_feat"], text["y_mask"], entry["audio"]))
-    return collate(rows, natural) if len(songs) > 1 else None
+    batch, n = collate(rows, natural), len(rows)
+    other = [next(j for j in range(i - 1, i - n, -1) if chosen[j]["song"] != chosen[i]["song"]) for i in range(n)]
+    return *batch, batch[-1][other]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -305,7 +318,9 @@ def pick_layers(choice, depth, weights, top):
         raise mi.InputError(
             f"--layers {choice}: give numbers such as 0,3,6, a ranking file, even, first, middle, last or all"
         )
-    return [int(number) for number in choice.split(",")]
+    layers = [int(number) for number in choice.split(",")]
+    mi.check_layers(layers, depth)
+    return layers
 
 
 def read_ranking(path, depth):
@@ -325,12 +340,16 @@ def read_ranking(path, depth):
 class Run:
     """A run folder: config.json, state.safetensors, musicinfuser.safetensors, log.jsonl."""
 
+    FREE = ("offload", "save_every", "eval_every", "sample_every")  # options that do not change the adapter
+
     def __init__(self, folder, config):
         self.folder, self.config = folder, config
         path = self.path("config.json")
-        if os.path.exists(path) and (old := read_json(path, dict)) != config:
-            changed = sorted(key for key in {*(old or ()), *config} if (old or {}).get(key) != config.get(key))
-            raise mi.InputError(f"{folder} holds a run with another {', '.join(changed)}; name another --out")
+        if os.path.exists(self.path("state.safetensors")):
+            old = read_json(path, dict) or {}
+            changed = sorted(k for k in {*old, *config} if k not in self.FREE and old.get(k) != config.get(k))
+            if changed:
+                raise mi.InputError(f"{folder} holds a run with another {', '.join(changed)}; name another --out")
         os.makedirs(folder, exist_ok=True)
         mi.save_json(path, config)
 
@@ -342,8 +361,8 @@ class Run:
         state = {f"parameter.{k}": p for k, p in parameters.items()}
         for k, p in parameters.items():
             state |= {f"{key}.{k}": value for key, value in optimiser.state.get(p, {}).items()}
-        mi.save_safetensors(self.path("state.safetensors"), state, {"step": str(step)})
         mi.save_adapter(dit, self.path("musicinfuser.safetensors"))
+        mi.save_safetensors(self.path("state.safetensors"), state, {"step": str(step)})  # last: what is there is whole
 
     def load(self, dit, optimiser):
         """Back to the last save; returns its step, 0 for a new run."""
@@ -409,13 +428,23 @@ def train(data, **options):
     for name in ("warmup", "half_life"):
         settings[name] = max(settings["steps"] // 20, 1) if settings[name] is None else settings[name]
     settings["weights"] = weights = settings["weights"] or mi.default_weights()
+    for name in ("steps", "batch", "accumulate", "beta", "half_life", "lr", "save_every", "eval_every"):
+        if not settings[name] > 0:
+            raise mi.InputError(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
+    for name in ("warmup", "rank", "wild_ratio", "sample_every", "window"):
+        if settings[name] is not None and not settings[name] >= 0:
+            raise mi.InputError(f"--{name.replace('_', '-')} must not be negative, as {settings[name]}")
+    for name in ("base_prompt_ratio", "caption_dropout", "audio_dropout"):
+        if not 0 <= settings[name] <= 1:
+            raise mi.InputError(f"--{name.replace('_', '-')} must be from 0 to 1, not {settings[name]}")
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device, dtype = mi.choose_device(settings["device"], settings["dtype"])
     if world > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
-        dist.init_process_group("gloo" if device == "cpu" else "nccl")
+        patience = datetime.timedelta(days=7)  # the others wait while the first makes the cache
+        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
     say = print if rank == 0 else lambda *_: None
 
     if settings["offload"] and world > 1:

@@ -435,7 +435,7 @@ def print_tables(results, configs, failed):
     where = {f"{c.get('commit', 'commit not kept')}, {c.get('hardware', 'hardware not kept')}" for c in cells}
     print(f"\n{'; '.join(sorted(where | steps))}\n\n{table(shown, failed)}")
     if "ours" in results and len(results) > 1:
-        print(f"\n{against(shown)}")
+        print(f"\n{against(results)}")
 
 
 def film_rows(results, configs, out, count, table_only):
@@ -451,7 +451,8 @@ def film_rows(results, configs, out, count, table_only):
             )
             found = train.read_json(path, dict)
             if not table_only and ((found or {}).get("of") != key):
-                adapter = os.path.join(out, f"ours-{seed}", "musicinfuser.safetensors") if row == "ours" else None
+                made = slug(results["ours"][seed].get("as", "ours"))  # a twin's adapter lies in the other's folder
+                adapter = os.path.join(out, f"{made}-{seed}", "musicinfuser.safetensors") if row == "ours" else None
                 found = filmed(row, adapter, count, seed) | {"of": key}
                 mi.save_json(path, found)
             if (found or {}).get("of") == key:

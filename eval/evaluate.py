@@ -22,6 +22,12 @@ from tqdm import tqdm
 import musicinfuser as mi
 import train
 
+
+
+class NoBeat(mi.InputError):
+    """A sound in which no beat is heard."""
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # The picture: how much moves, when it rests, how fast
 # ------------------------------------------------------------------------------------------------------------------
@@ -104,7 +110,7 @@ def track_beats(path):
     onsets = librosa.onset.onset_strength(y=mi.load_audio(path, rate=rate).numpy(), sr=rate, hop_length=hop)
     _, frames = librosa.beat.beat_track(onset_envelope=onsets, sr=rate, hop_length=hop, trim=False)
     if len(frames) < 2:
-        raise mi.InputError(f"no beat is heard in {path}")
+        raise NoBeat(f"no beat is heard in {path}")
     return librosa.frames_to_time(frames, sr=rate, hop_length=hop) - LATE
 
 
@@ -117,7 +123,8 @@ def beat_position(beats, t):
 def music_tempo(beats):
     """Of tracked beats, without the gaps that a missed or an extra beat leaves."""
     gaps = np.diff(beats)
-    return 60 / gaps[np.abs(gaps / np.median(gaps) - 1) < 0.2].mean()
+    even = gaps[np.abs(gaps / np.median(gaps) - 1) < 0.2]
+    return 60 / (even.mean() if len(even) else np.median(gaps))
 
 
 def alignment(of, to):
@@ -187,7 +194,17 @@ def beat_report(videos, song=None):
     """Print and return every video's SCORES with its own song and, averaged, with the songs of all other videos."""
     songs = {video: song_of(video, song) for video in videos}
     print(f"beats    of {len({s[0] for s in songs.values()})} songs by librosa, sigma {SIGMA:g} s")
-    beats = {(s, start, speed): (track_beats(s) - start) / speed for s, start, speed in songs.values()}
+    beats = {}
+    for video, (s, start, speed) in [*songs.items()]:
+        try:
+            if songs[video] not in beats:
+                beats[songs[video]] = (track_beats(s) - start) / speed
+        except NoBeat as error:
+            print(f"skipped  {video}: {error}")
+            del songs[video]
+    if not songs:
+        raise mi.InputError("there is no video with a beat to score")
+    videos = [*songs]
     own, other = {}, {}
     for video in tqdm(videos, "beat alignment", unit="video"):
         moving = motion(video)

@@ -298,3 +298,11 @@ def test_bad_input_is_one_line(small, tmp_path, arguments, words):
     result = command(*arguments, *rest, *data)
     assert result.returncode != 0 and result.stderr.startswith("error: ") and words in result.stderr
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_ours_may_be_the_twin_of_a_row_that_was_there_before(capsys):
+    figures = {f"gap_{s}": 0.25 for s in ablate.SIGMAS} | {"held_out": 0.5, "seconds": 1.0, "parameters": 7, "layers": "0"}
+    results = {"ours": {1: figures | {"as": "all layers"}}, "all layers": {1: figures}}
+    ablate.print_tables(results, {row: {1: {"steps": 1, "batch": 1}} for row in results}, {})
+    said = capsys.readouterr().out
+    assert "| ours (as all layers) | 0 | 0.2500 ± ? |" in said and "| all layers | +0.0000 ± ? |" in said

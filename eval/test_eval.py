@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import wave
 
 import numpy as np
 import pytest
@@ -451,3 +452,16 @@ def test_bad_input_on_the_real_command_line(tmp_path):
     result = evaluate(tmp_path / "a.mp4")
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and "gone.wav, which is not there" in result.stderr
     assert "no such folder" in evaluate("--caption", tmp_path, "--judge", tmp_path / "none", "--device", "cpu").stderr
+
+
+def test_uneven_beats_have_a_tempo_and_a_video_without_any_is_named(tmp_path, capsys):
+    assert ev.music_tempo(np.array([0, 0.4, 1.2])) == pytest.approx(100)
+    path = str(tmp_path / "still.mp4")
+    mi.save_video(path, torch.zeros(3, 30, 32, 32), song=os.path.join(HERE, "tiny", "song.wav"))
+    silent = str(tmp_path / "silent.wav")
+    with wave.open(silent, "wb") as wav:
+        wav.setnchannels(1), wav.setsampwidth(2), wav.setframerate(16000)
+        wav.writeframes(bytes(64000))
+    with pytest.raises(mi.InputError, match="no video with a beat"):
+        ev.beat_report([path], silent)
+    assert f"skipped  {path}: no beat is heard in {silent}" in capsys.readouterr().out
