@@ -878,10 +878,11 @@ def test_numbers_that_cannot_be_are_refused_at_once(option, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("options", [dict(adapter="add"), dict(random_init=True), dict(window=0, audio_dropout=0.5), dict(beta=1.0)])
+@pytest.mark.parametrize("options", [dict(adapter="add"), dict(random_init=True), dict(window=0, audio_dropout=0.5), dict(beta=1.0),
+                                     dict(rank=0, audio_dropout=0.5)])  # fmt: skip
 def test_the_ablations_train_and_load(weights, dance_videos, tmp_path, options):
-    path = train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=8, layers="last", top=2, rank=2,
-                       lr=0.01, out=str(tmp_path / "run"), **options)  # fmt: skip
+    path = train.train(str(dance_videos / "aist"), weights=str(weights), device="cpu", steps=8, layers="last", top=2,
+                       lr=0.01, out=str(tmp_path / "run"), **dict(rank=2) | options)  # fmt: skip
     dit = mi.load_adapter(mi.load_dit(weights / "dit.safetensors"), path)
     assert dit.audio_layers == [1, 2] and dit.window == options.get("window")
     arguments, _ = inputs()

@@ -522,7 +522,8 @@ def train(data, **options):
             if world > 1:
                 model.require_backward_grad_sync = micro == settings["accumulate"] - 1
             loss = mi.flow_matching_loss(model, z, sigma, eps, y_feat, y_mask, None if silent else audio)
-            (loss.mean() / settings["accumulate"]).backward()
+            if loss.requires_grad:  # else a silent batch without LoRA
+                (loss.mean() / settings["accumulate"]).backward()
             losses += loss.tolist()
             sigmas += sigma.tolist()
             if not all(map(math.isfinite, losses)):
