@@ -107,10 +107,16 @@ def flops(dit, tokens, text, frames=0):
     return 4 * attention * dit.width + sum(2 * met(name) * p.numel() for name, p in weights.items())
 
 
-def child(size, name, *arguments):
-    """Run one of MEASUREMENTS in a process of its own: its rows, or one that says why there are none."""
+def child(size, name, *arguments, limit=None):
+    """Run one of MEASUREMENTS in a process of its own, for `limit` seconds at most: its rows, or one that says why there
+    are none."""
     line = [sys.executable, "-m", "eval.bench", "--child", json.dumps([name, *arguments])]
-    run = subprocess.run(line + ["--quick"] * (size is QUICK), capture_output=True, text=True, cwd=ROOT)
+    line += ["--quick"] * (size is QUICK)
+    try:
+        run = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=limit)
+    except subprocess.TimeoutExpired:
+        yield [f"not finished in {limit} s"]
+        return
     yield from (json.loads(text) for text in run.stdout.splitlines() if text.startswith("["))
     if run.returncode == -9 or re.search(r"(?i)out of memory|can't allocate memory|MemoryError|bad_alloc", run.stderr):
         yield ["out of memory"]
@@ -364,7 +370,7 @@ def both_vaes(size, what, frames):
         why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
         if whose == "diffusers" and not find_spec("diffusers"):
             why, need = "diffusers is not installed", math.inf
-        rows = [[why]] if need > free else child(size, "vae", whose, what, frames, size.vae_latents)
+        rows = [[why]] if need > free else child(size, "vae", whose, what, frames, size.vae_latents, limit=300)
         found.append([*rows][-1])
     (ours, *_, ours_peak), (theirs, *_, theirs_peak) = (row if len(row) > 1 else [*row, ""] for row in found)
     ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
