@@ -290,7 +290,8 @@ class AttentionBlock(nn.Module):
         self.attn = TemporalAttention(channels)
 
     def forward(self, x, numbers=2**23):  # all frames of a few rows of pixels at a time: keys and values are large
-        normed, out = self.norm(x), torch.empty_like(x)
+        normed = self.norm(x)
+        out = torch.empty_like(x) if normed.requires_grad else normed  # else in its place
         rows = max(1, numbers // x[:, :, :, 0].numel())
         for i in range(0, x.shape[3], rows):
             out[:, :, :, i : i + rows] = x[:, :, :, i : i + rows] + self.attn(normed[:, :, :, i : i + rows])

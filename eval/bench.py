@@ -361,20 +361,29 @@ MEASUREMENTS = {f.__name__: f for f in (forward, step, vae, make_checkpoint, loa
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def both_vaes(size, what, frames):
-    found = []
-    for whose in ("ours", "diffusers"):
-        free, need = proc("meminfo", "MemAvailable") / 1e9, 0.0
-        if whose == "diffusers" and what == "decode":  # 6.1 GB for 2 latent frames, 9.8 for 4 were measured
-            need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)
-        why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
-        if whose == "diffusers" and not find_spec("diffusers"):
-            why, need = "diffusers is not installed", math.inf
-        rows = [[why]] if need > free else child(size, "vae", whose, what, frames, size.vae_latents, limit=300)
-        found.append([*rows][-1])
-    (ours, *_, ours_peak), (theirs, *_, theirs_peak) = (row if len(row) > 1 else [*row, ""] for row in found)
-    ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
-    yield [ours, theirs, ratio, ours_peak, theirs_peak]
+def vaes(size, limit=400):
+    """Decoding of several lengths, then encoding; what does not end within `limit` seconds is not tried longer."""
+    for what, lengths in (("decode", [6 * n - 5 for n in size.decoded]), ("encode", [size.encoded])):
+        stuck = {}
+        for frames in lengths:
+            found = {}
+            for whose in ("ours", "diffusers"):
+                free, need = proc("meminfo", "MemAvailable") / 1e9, 0.0
+                if whose == "diffusers" and what == "decode":  # 6.1 GB for 2 latent frames, 9.8 for 4 were measured
+                    need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)
+                if whose == "diffusers" and not find_spec("diffusers"):
+                    row = ["diffusers is not installed"]
+                elif need > free:
+                    row = [f"not run: needs about {need:.0f} GB, {free:.0f} free"]
+                elif whose in stuck:
+                    row = ["not run: longer still"]
+                else:
+                    row = [*child(size, "vae", whose, what, frames, size.vae_latents, limit=limit)][-1]
+                    stuck |= {whose: row} if row[0] == f"not finished in {limit} s" else {}
+                found[whose] = row if len(row) > 1 else [*row, "", ""]
+            (ours, _, ours_peak), (theirs, _, theirs_peak) = found.values()
+            ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
+            yield [what, frames, ours, theirs, ratio, ours_peak, theirs_peak]
 
 
 def loads(size):
@@ -402,7 +411,7 @@ def gpu(size):
 
 
 def tables(size, weights):
-    dtypes, videos = mi.DTYPES, [*(("decode", 6 * n - 5) for n in size.decoded), ("encode", size.encoded)]
+    dtypes = mi.DTYPES
     height, width = (8 * n for n in size.vae_latents)
     two = f"two blocks, {size.text} text tokens, median of {size.repeats}"
     compared = "ours, s | diffusers, s | ours / diffusers"
@@ -413,7 +422,7 @@ def tables(size, weights):
         "train": (f"Training step, {two}, ZICA on one, LoRA of rank 64, checkpointing", "| s | MFU | peak RSS, GB",
                   [([d], child(size, "step", "train", d, 2, 1)) for d in dtypes]),
         "vae": (f"VAE, float32, {height}x{width}", f"| frames | {compared} | peak RSS of ours, GB | of diffusers, GB",
-                [([what, frames], both_vaes(size, what, frames)) for what, frames in videos]),
+                [([], vaes(size))]),
         "load": (f"Loading a float32 checkpoint of {size.load_depth} blocks",
                  "| load, s | load and read all, s | model, GB | peak RSS, GB | peak anonymous, GB | anonymous / model",
                  [([], loads(size))]),
