@@ -44,14 +44,14 @@ def slug(text, length=60):
 
 
 def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None, steps=None, cfg=None, music_cfg=None,
-             skip=(), skip_scale=1.0, negative="", seeds=(0,), start=0.0, speed=1.0, out="outputs", device=None,
-             dtype=None, offload=False, compile=False):  # fmt: skip
+             skip=(), skip_scale=1.0, lora_scale=1.0, negative="", seeds=(0,), start=0.0, speed=1.0, out="outputs",
+             device=None, dtype=None, offload=False, compile=False):  # fmt: skip
     """Make a video for each seed; returns their paths. None stands for the weights folder's own default.
 
     song: an audio or video file. adapter: a file, "none" for the model without music, None for the folder's own.
-    size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. start: seconds into the song.
-    speed: the song's, for the model and in the file. out: a folder or an .mp4. offload, compile: see
-    musicinfuser.Offload and compile_blocks. Raises musicinfuser.InputError.
+    size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. lora_scale: on top of the
+    adapter's own alpha / rank. start: seconds into the song. speed: the song's, for the model and in the file. out: a
+    folder or an .mp4. offload, compile: see musicinfuser.Offload and compile_blocks. Raises musicinfuser.InputError.
     """
     began = time.time()
     weights = weights or mi.default_weights()
@@ -89,7 +89,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     waveform, heard = mi.music_window(song, frames, natural.fps, start, speed)
     check_writable(out)
 
-    print(f"weights  {weights}, adapter {adapter or 'none'}")
+    strength = "" if lora_scale == 1 else f", LoRA x {lora_scale:g}"
+    print(f"weights  {weights}, adapter {adapter or 'none'}{strength}")
     how = (", blocks offloaded" if offload else "") + (", compiled" if compile else "")
     print(f"device   {device}, {str(dtype).removeprefix('torch.')}{how}")
     print(f"video    {height}x{width}, {frames} frames at {natural.fps} fps")
@@ -106,6 +107,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     dit = mi.load_dit(path("dit.safetensors"), device, dtype, offload)
     if adapter:
         mi.load_adapter(dit, adapter)
+        for linear in mi.lora_linears(dit).values():
+            linear.alpha *= lora_scale
     if compile:
         mi.compile_blocks(dit)
     decoder = mi.load_decoder(path("decoder.safetensors"), device, dtype)
@@ -125,8 +128,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
         recipe = {
             "song": song, "prompt": prompt, "negative": negative, "seed": seed, "weights": weights,
             "adapter": adapter or "none", "frames": frames, "size": [height, width], "steps": steps, "cfg": cfg,
-            "music_cfg": music_cfg, "skip": list(skip), "skip_scale": skip_scale, "start": start, "speed": speed,
-            "offload": offload, "compile": compile, "device": str(device),
+            "music_cfg": music_cfg, "skip": list(skip), "skip_scale": skip_scale, "lora_scale": lora_scale, "start": start,
+            "speed": speed, "offload": offload, "compile": compile, "device": str(device),
             "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__,
         }  # fmt: skip
         mi.save_json(paths[-1][: -len(".mp4")] + ".json", recipe)
@@ -149,6 +152,7 @@ def main():
     add("--music-cfg", type=float, help="guidance scale of the music (Mochi: 0)")
     add("--skip", type=int, nargs="+", default=(), metavar="LAYER", help="layer-skip guidance: leave these out")
     add("--skip-scale", type=float, default=1.0, help="... with this scale (default 1)")
+    add("--lora-scale", type=float, default=1.0, help="how strongly the adapter's LoRA counts (default 1)")
     add("--negative", default="", help="prompt to guide away from")
     add("--seed", type=int, nargs="+", default=[0], help="one video for each")
     add("--start", type=float, default=0.0, help="place in the song, in its own seconds")

@@ -214,6 +214,18 @@ def test_the_parts_are_put_together(run, weights, song, monkeypatch):
     close(videos[0], mi.load_decoder(weights / "decoder.safetensors")(mi.to_vae_space(z))[0], 1e-4)
 
 
+def test_lora_scale_multiplies_the_update(run, weights, song, tmp_path, monkeypatch):
+    videos, tensors = [], mi.read_safetensors(weights / "musicinfuser.safetensors")
+    monkeypatch.setattr(mi, "save_video", lambda path, video, *_: videos.append(video))
+    twice = {name: 2 * t if name.endswith("lora_B") else t for name, t in tensors[0].items()}
+    mi.save_safetensors(tmp_path / "twice.safetensors", twice, tensors[1])
+    said = run(song, PROMPT, "--lora-scale", 2)[1]
+    assert "LoRA x 2" in said and "LoRA x" not in run(song, PROMPT, "--adapter", tmp_path / "twice.safetensors")[1]
+    run(song, PROMPT)
+    scaled, doubled, plain = videos
+    assert torch.equal(scaled, doubled) and not torch.equal(scaled, plain)
+
+
 @pytest.mark.parametrize("existing", ["a.mp4", "a.json"])
 def test_out_that_exists_is_an_error(run, song, tmp_path, existing):
     (tmp_path / existing).write_text("precious")
