@@ -229,6 +229,9 @@ def peak_memory(device):
 # ------------------------------------------------------------------------------------------------------------------
 
 
+AT_ONCE = 480 * 848  # pixels that are enough to be fast, one frame of Mochi's
+
+
 def pointwise(linear, x):
     """A 1x1x1 convolution, kept as a Linear in genmo's files. x (B,C,T,H,W)"""
     return linear(x.movedim(1, -1).to(linear.weight.dtype)).movedim(-1, 1)
@@ -339,8 +342,9 @@ class Encoder(nn.Module):
         self.output_norm = GroupNorm(channels[-1])
         self.output_proj = nn.Linear(channels[-1], 2 * latent, bias=False)
 
-    def forward(self, video, chunk=4):
-        """chunk: frames at once; the result does not depend on it, the peak memory does."""
+    def forward(self, video, chunk=None):
+        """chunk: frames at once; the result does not depend on it, the peak memory does. None: 4, or more small ones."""
+        chunk = chunk or max(4, AT_ONCE // video[0, 0, 0].numel())
         x, stretch = video, [self.embed]
         for layer in self.layers[1:]:
             for layer in getattr(layer, "layers", [layer]):
@@ -412,9 +416,10 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList([nn.ModuleList(first), *ups, nn.ModuleList(last)])
         self.output_proj = nn.Linear(channels[-1], 3)
 
-    def forward(self, latents, chunk=2):
-        """chunk: latent frames decoded at once; the result does not depend on it, the peak memory does."""
-        past = {}
+    def forward(self, latents, chunk=None):
+        """chunk: latent frames decoded at once; the result does not depend on it, the peak memory does. None: 1, or
+        more small ones."""
+        chunk, past = chunk or max(1, AT_ONCE // (6 * 8 * 8 * latents[0, 0, 0].numel())), {}
         return torch.cat([self.decode_next(z, past) for z in latents.split(chunk, dim=2)], 2)
 
     def decode_next(self, latents, past):  # the frames of the next latent frames of a video
