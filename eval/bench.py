@@ -361,27 +361,23 @@ MEASUREMENTS = {f.__name__: f for f in (forward, step, vae, make_checkpoint, loa
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def vaes(size, limit=400):
-    """Decoding of several lengths, then encoding; what does not end within `limit` seconds is not tried longer."""
+def vaes(size, limit=200):
+    """Decoding of several lengths, then encoding; diffusers has `limit` seconds, and is not tried longer after that."""
+
+    def measured(whose, limit=None):  # (seconds, peak), or (why there are none, "")
+        *_, row = child(size, "vae", whose, what, frames, size.vae_latents, limit=limit)
+        return row[0], row[-1] if len(row) > 1 else ""
+
     for what, lengths in (("decode", [6 * n - 5 for n in size.decoded]), ("encode", [size.encoded])):
-        stuck = {}
+        why = None if find_spec("diffusers") else "diffusers is not installed"
         for frames in lengths:
-            found = {}
-            for whose in ("ours", "diffusers"):
-                free, need = proc("meminfo", "MemAvailable") / 1e9, 0.0
-                if whose == "diffusers" and what == "decode":  # 6.1 GB for 2 latent frames, 9.8 for 4 were measured
-                    need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)
-                if whose == "diffusers" and not find_spec("diffusers"):
-                    row = ["diffusers is not installed"]
-                elif need > free:
-                    row = [f"not run: needs about {need:.0f} GB, {free:.0f} free"]
-                elif whose in stuck:
-                    row = ["not run: longer still"]
-                else:
-                    row = [*child(size, "vae", whose, what, frames, size.vae_latents, limit=limit)][-1]
-                    stuck |= {whose: row} if row[0] == f"not finished in {limit} s" else {}
-                found[whose] = row if len(row) > 1 else [*row, "", ""]
-            (ours, _, ours_peak), (theirs, _, theirs_peak) = found.values()
+            (ours, ours_peak), (theirs, theirs_peak) = measured("ours"), (why, "")
+            need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)  # of decoding, measured
+            if not why and what == "decode" and need > (free := proc("meminfo", "MemAvailable") / 1e9):
+                theirs = why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
+            elif not why:
+                theirs, theirs_peak = measured("diffusers", limit)
+                why = f"not run: {frames} frames were {theirs}" if isinstance(theirs, str) else None
             ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
             yield [what, frames, ours, theirs, ratio, ours_peak, theirs_peak]
 
