@@ -107,16 +107,10 @@ def flops(dit, tokens, text, frames=0):
     return 4 * attention * dit.width + sum(2 * met(name) * p.numel() for name, p in weights.items())
 
 
-def child(size, name, *arguments, limit=None):
-    """Run one of MEASUREMENTS in a process of its own, for `limit` seconds at most: its rows, or one that says why there
-    are none."""
+def child(size, name, *arguments):
+    """Run one of MEASUREMENTS in a process of its own: its rows, or one that says why there are none."""
     line = [sys.executable, "-m", "eval.bench", "--child", json.dumps([name, *arguments])]
-    line += ["--quick"] * (size is QUICK)
-    try:
-        run = subprocess.run(line, capture_output=True, text=True, cwd=ROOT, timeout=limit)
-    except subprocess.TimeoutExpired:
-        yield [f"not finished in {limit} s"]
-        return
+    run = subprocess.run(line + ["--quick"] * (size is QUICK), capture_output=True, text=True, cwd=ROOT)
     yield from (json.loads(text) for text in run.stdout.splitlines() if text.startswith("["))
     if run.returncode == -9 or re.search(r"(?i)out of memory|can't allocate memory|MemoryError|bad_alloc", run.stderr):
         yield ["out of memory"]
@@ -285,21 +279,27 @@ def step(size, what, dtype, depth, frames, offload=False, compiled=False, device
     yield [seconds, work / seconds * medians({"": alone}, size.repeats)[""] / count, highest]
 
 
+def random_vae(size, whose, what):
+    """(the module, what to call) of one half, what="encode" or "decode", ours or diffusers'."""
+    part = ("encode", "decode").index(what)
+    if whose == "ours":
+        model = (mi.Encoder, mi.Decoder)[part](size.channels[part], size.blocks[part])
+        return model, model
+    from diffusers import AutoencoderKLMochi
+
+    down, up = size.channels  # diffusers names both from full resolution down
+    channels = {"encoder_block_out_channels": down, "decoder_block_out_channels": up[::-1]}
+    model = AutoencoderKLMochi(**channels, layers_per_block=size.blocks[0])
+    setattr(model, ("decoder", "encoder")[part], None)  # its memory does not belong to this
+    return model, getattr(model, what)
+
+
 @torch.inference_mode()
 def vae(size, whose, what, frames, latents, dtype="float32", device="cpu"):
     """[seconds, "", peak] of what="encode" or "decode" so many random frames, once, after one frame to warm up."""
-    part = ("encode", "decode").index(what)
-    if whose == "ours":
-        run = model = (mi.Encoder, mi.Decoder)[part](size.channels[part], size.blocks[part])
-    else:
-        from diffusers import AutoencoderKLMochi
-
-        channels = dict(zip(("encoder_block_out_channels", "decoder_block_out_channels"), size.channels))
-        model = AutoencoderKLMochi(**channels, layers_per_block=size.blocks[0])
-        run = getattr(model, what)
-        setattr(model, ("decoder", "encoder")[part], None)  # its memory does not belong to this
+    model, run = random_vae(size, whose, what)
     model.to(device, mi.DTYPES[dtype]).requires_grad_(False)
-    shape = (1, 12, (frames - 1) // 6 + 1, *latents) if part else (1, 3, frames, *(8 * n for n in latents))
+    shape = (1, 12, (frames - 1) // 6 + 1, *latents) if what == "decode" else (1, 3, frames, *(8 * n for n in latents))
     x = (2 * torch.rand(shape) - 1).to(device, mi.DTYPES[dtype])
     run(x[:, :, :1])
     began = now()
@@ -361,25 +361,20 @@ MEASUREMENTS = {f.__name__: f for f in (forward, step, vae, make_checkpoint, loa
 # ------------------------------------------------------------------------------------------------------------------
 
 
-def vaes(size, limit=200):
-    """Decoding of several lengths, then encoding; diffusers has `limit` seconds, and is not tried longer after that."""
-
-    def measured(whose, limit=None):  # (seconds, peak), or (why there are none, "")
-        *_, row = child(size, "vae", whose, what, frames, size.vae_latents, limit=limit)
-        return row[0], row[-1] if len(row) > 1 else ""
-
-    for what, lengths in (("decode", [6 * n - 5 for n in size.decoded]), ("encode", [size.encoded])):
-        why = None if find_spec("diffusers") else "diffusers is not installed"
-        for frames in lengths:
-            (ours, ours_peak), (theirs, theirs_peak) = measured("ours"), (why, "")
-            need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)  # of decoding, measured
-            if not why and what == "decode" and need > (free := proc("meminfo", "MemAvailable") / 1e9):
-                theirs = why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
-            elif not why:
-                theirs, theirs_peak = measured("diffusers", limit)
-                why = f"not run: {frames} frames were {theirs}" if isinstance(theirs, str) else None
-            ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
-            yield [what, frames, ours, theirs, ratio, ours_peak, theirs_peak]
+def both_vaes(size, what, frames):
+    found = []
+    for whose in ("ours", "diffusers"):
+        free, need = proc("meminfo", "MemAvailable") / 1e9, 0.0
+        if whose == "diffusers" and what == "decode":  # 6.1 GB for 2 latent frames, 9.8 for 4 were measured
+            need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)
+        why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
+        if whose == "diffusers" and not find_spec("diffusers"):
+            why, need = "diffusers is not installed", math.inf
+        rows = [[why]] if need > free else child(size, "vae", whose, what, frames, size.vae_latents)
+        found.append([*rows][-1])
+    (ours, *_, ours_peak), (theirs, *_, theirs_peak) = (row if len(row) > 1 else [*row, ""] for row in found)
+    ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
+    yield [ours, theirs, ratio, ours_peak, theirs_peak]
 
 
 def loads(size):
@@ -407,7 +402,7 @@ def gpu(size):
 
 
 def tables(size, weights):
-    dtypes = mi.DTYPES
+    dtypes, videos = mi.DTYPES, [*(("decode", 6 * n - 5) for n in size.decoded), ("encode", size.encoded)]
     height, width = (8 * n for n in size.vae_latents)
     two = f"two blocks, {size.text} text tokens, median of {size.repeats}"
     compared = "ours, s | diffusers, s | ours / diffusers"
@@ -418,7 +413,7 @@ def tables(size, weights):
         "train": (f"Training step, {two}, ZICA on one, LoRA of rank 64, checkpointing", "| s | MFU | peak RSS, GB",
                   [([d], child(size, "step", "train", d, 2, 1)) for d in dtypes]),
         "vae": (f"VAE, float32, {height}x{width}", f"| frames | {compared} | peak RSS of ours, GB | of diffusers, GB",
-                [([], vaes(size))]),
+                [([what, frames], both_vaes(size, what, frames)) for what, frames in videos]),
         "load": (f"Loading a float32 checkpoint of {size.load_depth} blocks",
                  "| load, s | load and read all, s | model, GB | peak RSS, GB | peak anonymous, GB | anonymous / model",
                  [([], loads(size))]),

@@ -64,3 +64,12 @@ def test_flops_are_those_of_torch(frames):
     # For each two tokens that meet, and each channel, a product and a sum for the score, and for the value
     attention = 4 * 64 * (2 * (288 + 5) ** 2 + 288 * frames)
     assert abs(bench.flops(dit, 288, 5, frames) / (matrices + attention) - 1) < 0.02
+
+
+@pytest.mark.parametrize("what", ["encode", "decode"])
+def test_vaes_that_are_compared_are_the_same(what):
+    pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        models = [bench.random_vae(bench.FULL, whose, what)[0] for whose in ("ours", "diffusers")]
+    ours, theirs = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert ours == theirs
