@@ -229,7 +229,7 @@ def peak_memory(device):
 # ------------------------------------------------------------------------------------------------------------------
 
 
-AT_ONCE = 480 * 848  # pixels that are enough to be fast, one frame of Mochi's
+AT_ONCE = 480 * 848  # pixels, one frame of Mochi's: small videos take longer pieces than large ones, up to so many
 
 
 def pointwise(linear, x):
@@ -293,8 +293,7 @@ class AttentionBlock(nn.Module):
         self.attn = TemporalAttention(channels)
 
     def forward(self, x, numbers=2**23):  # all frames of a few rows of pixels at a time: keys and values are large
-        normed = self.norm(x)
-        out = torch.empty_like(x) if normed.requires_grad else normed  # else in its place
+        normed, out = self.norm(x), torch.empty_like(x) if torch.is_grad_enabled() else x  # in place where it can be
         rows = max(1, numbers // x[:, :, :, 0].numel())
         for i in range(0, x.shape[3], rows):
             out[:, :, :, i : i + rows] = x[:, :, :, i : i + rows] + self.attn(normed[:, :, :, i : i + rows])
@@ -343,8 +342,9 @@ class Encoder(nn.Module):
         self.output_proj = nn.Linear(channels[-1], 2 * latent, bias=False)
 
     def forward(self, video, chunk=None):
-        """chunk: frames at once; the result does not depend on it, the peak memory does. None: 4, or more small ones."""
-        chunk = chunk or max(4, AT_ONCE // video[0, 0, 0].numel())
+        """chunk: frames at once; the result does not depend on it, the peak memory does. None: as many as have AT_ONCE
+        pixels, at least 4."""
+        chunk = chunk or max(4, AT_ONCE // video[:, 0, 0].numel())
         x, stretch = video, [self.embed]
         for layer in self.layers[1:]:
             for layer in getattr(layer, "layers", [layer]):
@@ -417,9 +417,9 @@ class Decoder(nn.Module):
         self.output_proj = nn.Linear(channels[-1], 3)
 
     def forward(self, latents, chunk=None):
-        """chunk: latent frames decoded at once; the result does not depend on it, the peak memory does. None: 1, or
-        more small ones."""
-        chunk, past = chunk or max(1, AT_ONCE // (6 * 8 * 8 * latents[0, 0, 0].numel())), {}
+        """chunk: latent frames decoded at once; the result does not depend on it, the peak memory does. None: as
+        many as have AT_ONCE pixels, at least 1."""
+        chunk, past = chunk or max(1, AT_ONCE // (6 * 8 * 8 * latents[:, 0, 0].numel())), {}
         return torch.cat([self.decode_next(z, past) for z in latents.split(chunk, dim=2)], 2)
 
     def decode_next(self, latents, past):  # the frames of the next latent frames of a video
