@@ -994,12 +994,12 @@ def save_adapter(dit, path, dtype=None):
     save_safetensors(path, tensors, {"kwargs": json.dumps(kwargs), "musicinfuser": json.dumps(ours)})
 
 
-def load_adapter(dit, path, layers=None):
+def load_adapter(dit, path, layers=None, lora_scale=1.0):
     """Put an adapter file, ours or the authors', into a model in place (also on meta); strict, frozen, in the dtype
     of the model's matrices.
 
     layers: the blocks that ZICA follows, where the file does not say; the authors' sixteen for a model of 48 blocks.
-    Raises InputError for a file that does not fit.
+    lora_scale: on top of the file's own alpha / rank. Raises InputError for a file that does not fit.
     """
     shapes, metadata = shapes_of(path, "a MusicInfuser adapter", "audio_projection.projection.0.weight")
     ours, kwargs = (json.loads(metadata.get(key, "{}")) for key in ("musicinfuser", "kwargs"))
@@ -1016,7 +1016,7 @@ def load_adapter(dit, path, layers=None):
             rank = ranks[0] if ranks else 0  # one for all of a kind, so that a file that lacks some does not fit
             for name, linear in lora_linears(dit).items():
                 if name.endswith(names):
-                    attach_lora(linear, rank, kwargs.get(f"{kind}_proj_lora_alpha", rank))
+                    attach_lora(linear, rank, lora_scale * kwargs.get(f"{kind}_proj_lora_alpha", rank))
     fill(dit, path, list(adapter_parameters(dit)), dit.pos_frequencies.device, dit.t5_yproj.weight.dtype)
     return dit
 

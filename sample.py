@@ -49,8 +49,8 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     """Make a video for each seed; returns their paths. None stands for the weights folder's own default.
 
     song: an audio or video file. adapter: a file, "none" for the model without music, None for the folder's own.
-    size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. lora_scale: on top of the
-    adapter's own alpha / rank. start: seconds into the song. speed: the song's, for the model and in the file. out: a
+    size: (height, width). cfg, music_cfg, skip, skip_scale: see musicinfuser.sample. lora_scale: see
+    musicinfuser.load_adapter. start: seconds into the song. speed: the song's, for the model and in the file. out: a
     folder or an .mp4. offload, compile: see musicinfuser.Offload and compile_blocks. Raises musicinfuser.InputError.
     """
     began = time.time()
@@ -89,7 +89,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
     waveform, heard = mi.music_window(song, frames, natural.fps, start, speed)
     check_writable(out)
 
-    strength = "" if lora_scale == 1 else f", LoRA x {lora_scale:g}"
+    strength = f", LoRA x {lora_scale:g}" if adapter and lora_scale != 1 else ""
     print(f"weights  {weights}, adapter {adapter or 'none'}{strength}")
     how = (", blocks offloaded" if offload else "") + (", compiled" if compile else "")
     print(f"device   {device}, {str(dtype).removeprefix('torch.')}{how}")
@@ -106,9 +106,7 @@ def generate(song, prompt, *, weights=None, adapter=None, frames=None, size=None
         check_width("audio_encoder", audio.shape[-1], adapter, dit.audio_projection.projection[0].in_features)
     dit = mi.load_dit(path("dit.safetensors"), device, dtype, offload)
     if adapter:
-        mi.load_adapter(dit, adapter)
-        for linear in mi.lora_linears(dit).values():
-            linear.alpha *= lora_scale
+        mi.load_adapter(dit, adapter, lora_scale=lora_scale)
     if compile:
         mi.compile_blocks(dit)
     decoder = mi.load_decoder(path("decoder.safetensors"), device, dtype)

@@ -23,7 +23,6 @@ import musicinfuser as mi
 import train
 
 
-
 class NoBeat(mi.InputError):
     """A sound in which no beat is heard."""
 

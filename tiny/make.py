@@ -915,13 +915,13 @@ def make_song(tempo=112, seconds=24, rate=22050):
 class Studio:
     """The folder's models, for many clips at once; as sample.py makes them."""
 
-    def __init__(self, adapter=f"{HERE}/musicinfuser.safetensors", dtype=torch.float32):
+    def __init__(self, adapter=f"{HERE}/musicinfuser.safetensors", dtype=torch.float32, lora_scale=1.0):
         self.dit, self.decoder = (
             mi.load_dit(f"{HERE}/dit.safetensors", dtype=dtype),
             mi.load_decoder(f"{HERE}/decoder.safetensors", dtype=dtype),
         )
         if adapter:
-            mi.load_adapter(self.dit, adapter)
+            mi.load_adapter(self.dit, adapter, lora_scale=lora_scale)
         self.captions, self.listen = Captions(), mi.AudioEncoder(HERE)
 
     @torch.no_grad()
@@ -993,9 +993,11 @@ def follows(films, songs, speed=1.0):
     return {"r": np.mean(own), "se": error(own), "other": np.mean(other), "se_other": error(other), "tempo": tempos}
 
 
-def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors"):
-    """The figures of README's table."""
-    studio = Studio(adapter, dtype=torch.bfloat16)
+def make_report(adapter=None, count=32):
+    """The figures of README's table, and its pictures; of another adapter, its LoRA scaled as the shipped one's, only
+    those of people and dogs."""
+    shipped = f"{HERE}/musicinfuser.safetensors"
+    studio = Studio(adapter or shipped, torch.bfloat16, LORA_SCALE if adapter else 1.0)
     songs = unseen_songs(count)
     rng = np.random.default_rng(7)
     described = lambda subject: [  # noqa: E731
@@ -1021,6 +1023,8 @@ def make_report(count=32, adapter=f"{HERE}/musicinfuser.safetensors"):
         row(f"ground truth, {subject}", None, films=np.stack([render(s, b) for s, b in zip(scenes, beats)]))
     films = row(f"people (cfg {n.cfg:g}, music cfg {n.music_cfg:g})", people)
     more = row("dogs", dogs)
+    if adapter:
+        return
     contact_sheet(f"{HERE}/contact_sheet.jpg", [*films[2:7], *more[:5]])
     moving_picture(f"{HERE}/dancing.gif", [*films[:4], *more[:4]])
     row("people, no music: the adapter without ZICA", people, silent=True)
@@ -1042,6 +1046,8 @@ def main():
     asked = sys.argv[1:]
     if asked[:1] == ["data"]:
         return make_data(*asked[1:2])
+    if asked[:1] == ["report"]:
+        return make_report(*asked[1:2])
     if unknown := [stage for stage in asked if stage not in STAGES]:
         raise mi.InputError(f"no stage {unknown[0]}; there are {', '.join(STAGES)}")
     for stage in asked or [stage for stage in STAGES if not os.path.exists(DONE.get(stage, ""))]:
