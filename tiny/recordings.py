@@ -24,13 +24,13 @@ TRAINING = {  # Debian package: its recordings, below --sounds
 }
 VALIDATION = {  # kept back whole
     "fretsonfire-songs-sectoid": "games/fretsonfire/data/songs/sectoid/*/song.ogg",
-    "pingus-data": "games/pingus/**/*.it",
     "singularity-music": "games/singularity/music/**/*.ogg",
 }
 # fmt: on
 
 
 LONGEST = 100.0  # seconds of each recording
+LATE = 0.02  # seconds by which librosa hears a beat too late
 
 
 class Piece(NamedTuple):
@@ -95,7 +95,8 @@ def aubio_beats(path):
 def librosa_beats(samples):
     import librosa
 
-    return librosa.beat.beat_track(y=samples, sr=RATE, hop_length=256, units="time")[1]
+    beats = librosa.beat.beat_track(y=samples, sr=RATE, hop_length=256, units="time")[1]
+    return beats - LATE
 
 
 def agreed_beats(path, samples, shortest=9):
@@ -108,7 +109,8 @@ def agreed_beats(path, samples, shortest=9):
     level = np.gradient(other)[nearest] / period
     fits = (np.abs(one - other[nearest]) < 0.12 * period) & (np.abs(level - 1) < 0.15)
     fits &= (60 / FASTEST <= period) & (period <= 60 / SLOWEST)
-    return [run for run in np.split(one, np.flatnonzero(~fits)) if len(run) > shortest]
+    beats = (one + other[nearest]) / 2
+    return [run[1:] for run in np.split(beats, np.flatnonzero(~fits)) if len(run) > shortest]
 
 
 # --------------------------------------------------------------------------------------------------
