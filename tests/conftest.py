@@ -58,9 +58,10 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("weights")
     dit = randomize(mi.DiT(3, 32, 16, 2, 16))
-    dit.natural = mi.Natural(height=32, width=32, frames=7, steps=2, cfg=3.0)
+    dit.config.sampling = {"size": [32, 32], "frames": 7, "steps": 2, "cfg": 3.0}
     mi.save_dit(dit, folder / "dit.safetensors")
-    mi.infuse(dit, [0, 2], rank=2, audio_width=16, zero_init=False)
+    mi.infuse(dit, [0, 2], rank=2, audio_width=16, random_init=True)
+    randomize(dit)
     mi.save_adapter(dit, folder / "musicinfuser.safetensors")
     encoder, decoder = mi.Encoder((8,) * 4, (1,) * 5), mi.Decoder((8,) * 4, (1,) * 5)
     mi.save_safetensors(folder / "encoder.safetensors", randomize(encoder).state_dict())

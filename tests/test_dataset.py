@@ -448,7 +448,7 @@ def make_samples(tmp_path):
                 texts[prompt], {"y_feat": torch.full((2 + i, 4), float(i)), "y_mask": y_mask}
             )
         settings = SimpleNamespace(**OPTIONS | options)
-        return Samples(cache, found, texts, CONFIG, settings), found
+        return Samples(tmp_path, found, texts, CONFIG, settings), found
 
     return make
 
