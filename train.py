@@ -20,7 +20,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import musicinfuser as mi
-from dataset.aist import PLAIN, WILD_PLAIN, find_videos
+from dataset.aist import PLAIN, find_videos
 from dataset.batches import Samples
 from dataset.cache import clear_temporaries
 from dataset.clips import Preprocessor
@@ -34,23 +34,19 @@ class Options(mi.AdapterOptions, mi.RunOptions):
     top: int = mi.option(None, "how many layers of a ranking or a name; default: a third", low=1)
     wild: str = mi.option(None, "folder of other dance videos, a caption in a .txt beside each")
     wild_ratio: float = mi.option(1.0, "of them for each of --data's", low=0)
-    min_size: tuple = mi.option(
-        None, "height and width of the smallest video to use; default: the model's", parse=int
-    )
+    min_size: tuple = mi.option(None, "HEIGHT WIDTH a video needs; default: the clips'", parse=int)
     out: str = mi.option("runs/musicinfuser", "run folder; the same command goes on in it")
     init: str = mi.option(None, "adapter to begin from; default: a fresh one")
     steps: int = mi.option(4000, "of the optimiser", low=1, line="training")
     batch: int = mi.option(1, "clips at once", low=1, high=4096, line="training")
     accumulate: int = mi.option(1, "batches a step", low=1, high=4096, line="training")
     lr: float = mi.option(1e-4, "AdamW's peak learning rate", above=0, line="training")
-    warmup: int = mi.option(None, "steps to the peak; default: a twentieth of --steps", low=0)
+    warmup: int = mi.option(None, "steps to the peak; default: a twentieth of all", low=0)
     beta: float = mi.option(3.0, "noise begins at Beta(1, beta); 1: uniform", above=0, line="noise")
     half_life: float = mi.option(
-        None, "steps until half-way to uniform; default: a twentieth", above=0, line="noise"
+        None, "its steps, half-way to uniform; default: a twentieth", above=0
     )
-    base_prompt_ratio: float = mi.option(
-        0.2, "how often the plain prompt replaces the clip's own", low=0, high=1
-    )
+    base_prompt_ratio: float = mi.option(0.2, "how often the plain prompt is used", low=0, high=1)
     caption_dropout: float = mi.option(0.1, "how often there is no prompt", low=0, high=1)
     audio_dropout: float = mi.option(0.0, "how often a batch has no music", low=0, high=1)
     save_every: int = mi.option(500, "steps", low=1)
@@ -62,10 +58,12 @@ class Options(mi.AdapterOptions, mi.RunOptions):
 
 
 # Options that another start of a run may change: the adapter stays the same
-FREE = (
-    "data weights wild out min_size top device offload compile "
-    "save_every eval_every eval_clips eval_sigmas sample_every"
-).split()
+# fmt: off
+FREE = {
+    "data", "weights", "wild", "out", "min_size", "top", "device", "offload", "compile",
+    "save_every", "eval_every", "eval_clips", "eval_sigmas", "sample_every",
+}
+# fmt: on
 
 
 def train(data, **given):
@@ -74,17 +72,14 @@ def train(data, **given):
     Raises musicinfuser.InputError.
     """
     options, outline = mi.begin(Options, "training", given)
-    defaults = mi.settle(Options, outline.config.training, {})
-    for chosen in (options, defaults):
-        complete(chosen, options.weights, len(outline.blocks))
+    complete(options, len(outline.blocks))
+    defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
-        run.begin(identity(data, options, samples), asdict(defaults))
+        run.begin(identity(data, options, samples), defaults)
         dit = load_model(options, samples)
         trainer = Trainer(options, dit, samples, held_out, run, workers)
         start = trainer.resume()
-        if workers.first:
-            report(trainer, start)
         for step in workers.progress(start, options.steps):
             trainer.step(step)
     if workers.first:
@@ -97,7 +92,7 @@ def train(data, **given):
 # ------------------------------------------------------------------------------------------------
 
 
-def complete(options, weights, depth):
+def complete(options, depth):
     """Fill in what follows from other options, in place. Raises InputError."""
     twentieth = max(options.steps // 20, 1)
     if options.warmup is None:
@@ -108,12 +103,12 @@ def complete(options, weights, depth):
         raise mi.InputError(f"--eval-sigmas must be from 0 to 1, not {options.eval_sigmas}")
     if options.min_size and len(options.min_size) != 2:
         raise mi.InputError("--min-size takes two numbers, such as 240 426")
-    options.layers = pick_layers(options.layers, depth, weights, options.top)
+    options.layers = pick_layers(options.layers, depth, options.weights, options.top)
 
 
 def pick_layers(choice, depth, weights, top=None):
     """The blocks that music follows: numbers, a name, a ranking's file; None: the weights' own."""
-    if top is not None and not 1 <= top <= depth:
+    if top is not None and top > depth:
         raise mi.InputError(f"--top must be from 1 to {depth}, not {top}")
     if choice is None:
         choice = default_layers(depth, weights)
@@ -131,6 +126,13 @@ def pick_layers(choice, depth, weights, top=None):
     return list(choice)
 
 
+def numbers_in(text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        names = "numbers such as 0,3,6, a ranking's file, even, first, middle, last or all"
+        raise mi.InputError(f"--layers {text}: give {names}")
+    return [int(number) for number in text.split(",")]
+
+
 def default_layers(depth, weights):
     """A ranking beside the weights, else the authors' sixteen for Mochi."""
     ranking = os.path.join(weights, "adaptability.json")
@@ -139,13 +141,6 @@ def default_layers(depth, weights):
     if depth == mi.MODELS["mochi"]["depth"]:
         return mi.MUSICINFUSER_LAYERS
     raise mi.InputError(f"there is no {ranking}; name --layers, such as all or 0,3,6")
-
-
-def numbers_in(text):
-    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
-        names = "numbers such as 0,3,6, a ranking's file, even, first, middle, last or all"
-        raise mi.InputError(f"--layers {text}: give {names}")
-    return [int(number) for number in text.split(",")]
 
 
 def read_ranking(path, depth):
@@ -171,19 +166,24 @@ class Workers:
     """The processes that torchrun started, or this one alone."""
 
     def __init__(self, options):
-        self.count = int(os.environ.get("WORLD_SIZE", 1))
-        self.rank = int(os.environ.get("RANK", 0))
-        self.first = self.rank == 0
-        self.backend = "nccl" if options.device == "cuda" else "gloo"
-        if self.count > 1 and "LOCAL_RANK" not in os.environ:
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.rank = 0
+        if self.count > 1:
+            self.join(options)
+
+    def join(self, options):
+        if "LOCAL_RANK" not in os.environ:
             raise mi.InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
-        if self.count > 1 and options.device == "cuda":
-            options.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend = "gloo"
+        if options.device == "cuda":
+            backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(options.device)
+        # The others wait while the first makes the cache
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        self.rank = dist.get_rank()
 
     def __enter__(self):
-        if self.count > 1:  # the others wait while the first makes the cache
-            dist.init_process_group(self.backend, timeout=datetime.timedelta(days=7))
         return self
 
     def __exit__(self, kind, *_):
@@ -199,13 +199,14 @@ class Workers:
         return result[0]
 
     def begin_alike(self, parameters):
-        for p in parameters if self.count > 1 else []:
-            dist.broadcast(p.data, 0)
+        if self.count > 1:
+            for p in parameters:
+                dist.broadcast(p.data, 0)
 
     def average_gradients(self, parameters):
-        """A parameter without a gradient has none in any process: silence is drawn alike."""
-        for p in parameters if self.count > 1 else []:
-            if p.grad is not None:
+        """Where a parameter has no gradient, it has none in any process: silence is drawn alike."""
+        for p in parameters:
+            if self.count > 1 and p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= self.count
 
@@ -215,7 +216,9 @@ class Workers:
 
 
 def prepare_data(data, options, config, workers):
-    """Samples to train on, and the clips held out; all that is computed once is, by one process."""
+    """Samples to train on, and the clips held out; one process computes what is computed once."""
+    if workers.first:
+        mi.print_options(options)
     folder = os.path.join(data, ".musicinfuser")
     clips, held_out, texts = workers.once(preprocess, data, folder, options, config)
     if not clips:
@@ -225,21 +228,13 @@ def prepare_data(data, options, config, workers):
 
 
 def preprocess(data, folder, options, config):
-    videos = find_videos(data, options.wild), find_videos(data, None, "test")
+    training, test = find_videos(data, options.wild), find_videos(data, split="test")
     video = mi.settle(mi.SamplingOptions, config.sampling, {})
-    preprocessor = Preprocessor(
-        folder,
-        options.weights,
-        video.size,
-        video.frames,
-        config.fps,
-        options.device,
-        mi.DTYPES[options.dtype],
-        options.min_size,
-    )
-    clips, held_out = [preprocessor.clips(some) for some in videos]
-    prompts = {prompt for clip in clips for prompt in clip.video.prompts}
-    texts = preprocessor.texts(sorted(prompts | {PLAIN, WILD_PLAIN})) if clips else {}
+    shape, dtype = (video.size, video.frames, config.fps), mi.DTYPES[options.dtype]
+    where = options.device, dtype, options.min_size
+    preprocessor = Preprocessor(folder, options.weights, *shape, *where)
+    clips, held_out = preprocessor.clips(training), preprocessor.clips(test)
+    texts = preprocessor.texts_of(clips) if clips else {}
     return clips, held_out, texts
 
 
@@ -248,14 +243,14 @@ def load_model(options, samples):
     path = os.path.join(options.weights, "dit.safetensors")
     dit = mi.load_dit(path, options.device, mi.DTYPES[options.dtype], options.offload)
     adapter = {f.name: getattr(options, f.name) for f in fields(mi.AdapterOptions)}
-    audio_width = samples.batch([0], 0).conditions["audio"].shape[-1]
+    example = samples.batch([0], 0)
     torch.manual_seed(options.seed)
-    mi.infuse(dit, **adapter, audio_width=audio_width)
+    mi.infuse(dit, **adapter, audio_width=example.conditions["audio"].shape[-1])
     if options.init:
         copy_adapter(dit, options.init)
     if options.compile:
         mi.compile_blocks(dit)
-    if checkpoints(options, dit, samples):
+    if checkpoints(options, dit, example):
         mi.checkpoint_layers(dit)
     return dit
 
@@ -269,55 +264,33 @@ def copy_adapter(dit, path):
         p.data.copy_(tensors[name])
 
 
-def checkpoints(options, dit, samples):
-    """Checkpointing costs a third of the speed, so not where it would save little."""
-    return options.offload or len(dit.blocks) * block_memory(options, dit, samples) > 2e9
-
-
-def block_memory(options, dit, samples):
+def activations(options, dit, example):
     """Bytes, about, that the backward pass through one block needs."""
-    _, _, t, h, w = samples.batch([0], 0).z.shape
+    _, _, t, h, w = example.z.shape
     tokens = options.batch * t * h * w // dit.patch**2
     return 40 * tokens * dit.width * mi.DTYPES[options.dtype].itemsize
 
 
-def memory(options, dit, samples):
+def checkpoints(options, dit, example):
+    """Checkpointing costs a third of the speed, so not where it would save little."""
+    return options.offload or len(dit.blocks) * activations(options, dit, example) > 2e9
+
+
+def memory(options, dit, example):
     """Bytes, about, that training takes on its device."""
+    depth, block = len(dit.blocks), activations(options, dit, example)
     frozen = sum(p.numel() for p in dit.parameters() if not p.requires_grad)
-    if options.offload:  # two blocks at a time, on a CPU one
-        blocks = sum(p.numel() for p in dit.blocks.parameters() if not p.requires_grad)
-        at_once = 1 if torch.device(options.device).type == "cpu" else 2
-        frozen -= blocks * (1 - at_once / len(dit.blocks))
-    weights = frozen * mi.DTYPES[options.dtype].itemsize
-    trained = 16 * sum(p.numel() for p in trainable(dit))  # itself, its gradient, two moments
-    block = block_memory(options, dit, samples)
-    if not checkpoints(options, dit, samples):
-        return weights + trained + len(dit.blocks) * block
-    return weights + trained + block + len(dit.blocks) * block / 40  # one, and the others' inputs
-
-
-def trainable(dit):
-    return list(mi.adapter_parameters(dit).values())
-
-
-def report(trainer, start):
-    """What a run is about to do."""
-    options, dit, samples = trainer.options, trainer.dit, trainer.samples
-    video = mi.settle(mi.SamplingOptions, dit.config.sampling, {})
-    mi.print_options(options)
-    if trainer.workers.count > 1:
-        print(f"workers  {trainer.workers.count} processes, {options.batch} clips each at once")
-    height, width = video.size
-    print(f"video    {height}x{width}, {video.frames} frames at {dit.config.fps} fps")
-    hours = len(samples.clips) * video.frames / dit.config.fps / 3600
-    songs = len({clip.video.song for clip in samples.clips})
-    kept = f"{len(trainer.held_out_clips)} clips of test songs held out"
-    print(f"data     {len(samples.clips)} clips, {hours:.2f} hours, {songs} songs; {kept}")
-    count = sum(p.numel() for p in trainer.parameters)
-    size = memory(options, dit, samples) / 1e9
-    print(f"adapter  {count:,} parameters to train, float32; about {size:.1f} GB in all")
-    if start:
-        print(f"going on from step {start}")
+    if options.offload:  # a block at a time, or the next one too
+        in_blocks = sum(p.numel() for p in dit.blocks.parameters() if not p.requires_grad)
+        there = 1 if options.device == "cpu" else 2
+        frozen -= in_blocks * (depth - there) // depth
+    trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
+    if checkpoints(options, dit, example):
+        kept = block + depth * block / 40  # one, and the inputs of all
+    else:
+        kept = depth * block
+    # A trained number is float32, and so are its gradient and its two moments
+    return frozen * mi.DTYPES[options.dtype].itemsize + 16 * trained + kept
 
 
 # ------------------------------------------------------------------------------------------------
@@ -331,16 +304,36 @@ class Trainer:
         self.run, self.workers = run, workers
         self.held_out_clips = held_out_clips
         self.held_out = samples.held_out(held_out_clips, options.eval_clips)
-        self.parameters = trainable(dit)
+        self.parameters = list(mi.adapter_parameters(dit).values())
         self.optimiser = torch.optim.AdamW(self.parameters, options.lr, weight_decay=0.0)
 
     def resume(self):
         """The step to go on from: that of the last save, or 0."""
         start = self.run.load(self.dit, self.optimiser)
         self.workers.begin_alike(self.parameters)
+        if self.workers.first:
+            self.report(start)
         if start == self.options.steps and self.workers.first:
             mi.save_adapter(self.dit, self.run.adapter)  # which may be gone, or damaged
         return start
+
+    def report(self, start):
+        clips, fps = self.samples.clips, self.dit.config.fps
+        example = self.samples.batch([0], 0)
+        _, _, t, h, w = example.z.shape
+        frames = 6 * (t - 1) + 1
+        songs = len({clip.video.song for clip in clips})
+        trained = sum(p.numel() for p in self.parameters)
+        size = memory(self.options, self.dit, example) / 1e9
+        print(f"video    {8 * h}x{8 * w}, {frames} frames at {fps} fps")
+        print(
+            f"data     {len(clips)} clips, {len(clips) * frames / fps / 3600:.2f} hours, ", end=""
+        )
+        print(f"{songs} songs; {len(self.held_out_clips)} clips of test songs held out")
+        print(f"adapter  layers {self.options.layers}, {trained:,} parameters to train; ", end="")
+        print(f"about {size:.1f} GB in all")
+        if start:
+            print(f"going on from step {start}")
 
     def step(self, step):
         began = time.time()
@@ -500,6 +493,9 @@ def content(path):
     return mi.model_digest(path)[:16]
 
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
+
+
 class RunFolder:
     """config.json, state.safetensors, musicinfuser.safetensors, log.jsonl; one process's at a time."""
 
@@ -577,21 +573,24 @@ class RunFolder:
 
     def load_state(self, parameters, optimiser):
         tensors, metadata = mi.read_safetensors(self.state)
-        moments = {"step": (), "exp_avg": None, "exp_avg_sq": None}
-        wanted = {f"parameter.{name}": p.shape for name, p in parameters.items()}
-        for name, p in parameters.items():
-            if f"exp_avg.{name}" in tensors:  # absent from one that never had a gradient
-                wanted |= {f"{m}.{name}": p.shape if s is None else s for m, s in moments.items()}
-        mi.check_names(self.state, {k: t.shape for k, t in tensors.items()}, wanted)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        mi.check_names(self.state, shapes, self.shapes_of_state(parameters, tensors))
         if not re.fullmatch(r"\d{1,18}", metadata.get("step", "")):
             raise mi.InputError(f"{self.state} does not say its step; delete {self.folder}")
         for name, p in parameters.items():
             p.data.copy_(tensors[f"parameter.{name}"])
             if f"exp_avg.{name}" in tensors:
-                optimiser.state[p] = {m: tensors[f"{m}.{name}"].clone() for m in moments}
-                for m in ("exp_avg", "exp_avg_sq"):
-                    optimiser.state[p][m] = optimiser.state[p][m].to(p.device)
+                moments = {m: tensors[f"{m}.{name}"].to(p.device, copy=True) for m in MOMENTS}
+                optimiser.state[p] = moments | {"step": tensors[f"step.{name}"].clone()}
         return int(metadata["step"])
+
+    def shapes_of_state(self, parameters, tensors):
+        shapes = {}
+        for name, p in parameters.items():
+            shapes[f"parameter.{name}"] = p.shape
+            if f"exp_avg.{name}" in tensors:  # absent from one that never had a gradient
+                shapes |= {f"{m}.{name}": p.shape for m in MOMENTS} | {f"step.{name}": ()}
+        return shapes
 
     def cut_log(self, step):
         """Leave out the steps after the last save, which come again, and a line cut short."""

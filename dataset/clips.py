@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 import musicinfuser as mi
-from dataset.aist import Video
+from dataset.aist import PLAIN, WILD_PLAIN, Video
 from dataset.cache import Cache, CannotGoOn, for_all_videos
 
 CROPS_PER_MINUTE = 5
@@ -143,8 +143,8 @@ class Preprocessor:
     def check_size(self, video, size):
         """The authors too leave out what they would have to enlarge."""
         if any(have < least for have, least in zip(size, self.min_size)):
-            have, least = ("x".join(map(str, pair)) for pair in (size, self.min_size))
-            raise mi.InputError(f"{video.path} is {have}, smaller than {least} (--min-size {have})")
+            small = f"{size[0]}x{size[1]}, smaller than {self.min_size[0]}x{self.min_size[1]}"
+            raise mi.InputError(f"{video.path} is {small} (see --min-size)")
 
     def make_latents(self, clips):
         """Encode the pictures of the clips that lack them; returns the clips that have none."""
@@ -173,6 +173,11 @@ class Preprocessor:
             if not tensor.isfinite().all():
                 raise mi.InputError(f"{clip.name}: the encoder's {name} is not finite")
         self.cache.write(entry, tensors)
+
+    def texts_of(self, clips):
+        """{prompt: the name of its entry} for all that clips can be described by."""
+        prompts = {prompt for clip in clips for prompt in clip.video.prompts}
+        return self.texts(sorted(prompts | {PLAIN, WILD_PLAIN}))
 
     def texts(self, prompts):
         """{prompt: the name of its entry}: y_feat (L, D_text) and y_mask (L,) of each."""
