@@ -13,6 +13,7 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -188,7 +189,8 @@ def make_tokenizer(seed):
     os.makedirs(folder)
     rules = os.path.join(folder, "lower.tsv")
     with open(rules, "w") as file:  # in place of NFKC's 240 kB
-        file.writelines(f"{ord(letter):X}\t{ord(letter.lower()):X}\n" for letter in UPPER)
+        file.writelines(f"{ord(letter):X}\t{ord(letter.lower()):X}\n" for letter in ascii_uppercase)
+        file.writelines(f"{ord(space):X}\t20\n" for space in "\t\n\r\xa0")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=os.path.join(folder, "spiece"),
@@ -207,28 +209,19 @@ def make_tokenizer(seed):
     return write_tokenizer_json(folder)
 
 
-UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
 def write_tokenizer_json(folder):
     """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns the tokenizer."""
-    import sentencepiece
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import T5TokenizerFast
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
 
-    model = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "spiece.model"))
-    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([spaces, normalizers.Strip(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    end = [("</s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", special_tokens=end)
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, **special)
-    wrapped.save_pretrained(folder)
-    return wrapped
+    model = sentencepiece_model_pb2.ModelProto()
+    with open(os.path.join(folder, "spiece.model"), "rb") as file:
+        model.ParseFromString(file.read())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    rules = model.normalizer_spec.precompiled_charsmap
+    tokenizer = T5Tokenizer(pieces, extra_ids=0, _spm_precompiled_charsmap=rules)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
