@@ -231,7 +231,7 @@ TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 
 CLIP = mi.audio_seconds(FRAMES, FPS)
 
 
-def make_audio(options, steps=2400, batch=32, seed=3):
+def make_audio(options, steps=1300, batch=24, seed=3):
     from transformers import Wav2Vec2FeatureExtractor
 
     torch.manual_seed(seed)
@@ -346,13 +346,12 @@ def crop_of(piece, seconds, rng, rougher=True):
     speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
     last = len(piece.samples) / music.RATE - seconds * speed - 0.02
     start = rng.uniform(0, max(last, 0))
-    at = (start + speed * np.arange(math.ceil(seconds * music.RATE)) / music.RATE) * music.RATE
-    first, end = int(start * music.RATE), int(at[-1]) + 2
-    near = piece.samples[first:end].astype(np.float32)
-    samples = np.interp(at - first, np.arange(len(near)), near)
+    first, size = int(start * music.RATE), math.ceil(seconds * music.RATE)
+    samples = piece.samples[first : first + int(size * speed) + 2].astype(np.float32)
+    samples = np.interp(speed * np.arange(size), np.arange(len(samples)), samples)
     if rougher:
         samples = music.rough(samples, rng)
-    times = start + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
+    times = first / music.RATE + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
     return samples, recordings.beat_at(piece.beats, times), piece.genre
 
 
@@ -360,7 +359,9 @@ def audio_loss(wav2vec, head, crops):
     samples, beats, genres = zip(*crops)
     x = torch.from_numpy(np.stack(samples)).float()
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
-    out = head(wav2vec(x).last_hidden_state)  # (B, A, 3 + genres)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wav2vec(x).last_hidden_state
+    out = head(y.float())  # (B, A, 3 + genres)
     beat = torch.from_numpy(np.stack(beats)[:, : out.shape[1]])
     tempo = 60 / TOKEN * (beat[:, -1] - beat[:, 0]) / (beat.shape[1] - 1)  # BPM
     octaves = torch.log2(tempo / 104).float()[:, None].expand(-1, out.shape[1])
