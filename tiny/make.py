@@ -548,7 +548,11 @@ class Songs:
     third as if recorded, a third of sampled instruments."""
 
     def __init__(self, folder, sounds):
-        self.folder, self.sounds, self.made = folder, sounds, {}
+        self.folder, self.made, self.instruments = folder, {}, None
+        try:
+            self.instruments = sampled_instruments(sounds)
+        except mi.InputError as error:
+            print(f"the synthesiser plays all songs, not two thirds of them: {error}")
 
     def find(self, genre, number, seconds=20.0):
         """(path, tempo) of the song m<genre><number>."""
@@ -563,9 +567,8 @@ class Songs:
         return path, self.made[path]
 
     def make(self, maker, genre, tempo, seed, seconds, rng):
-        if maker == 2:
-            instruments = sampled_instruments(self.sounds)
-            song = music.play_sampled(genre, tempo, seed, seconds, *instruments)
+        if maker == 2 and self.instruments:
+            song = music.play_sampled(genre, tempo, seed, seconds, *self.instruments)
         else:
             song = music.compose(genre, tempo, seed, seconds)
         return song if maker == 0 else music.recorded(song, rng)
