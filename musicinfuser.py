@@ -53,18 +53,15 @@ from torch.utils.checkpoint import checkpoint
 # The models that exist. Sizes are read off a file's shapes; these tables are for the reader.
 # ----------------------------------------------------------------------------------------------
 
-# fmt: off
 MODELS = {  # 10.03 billion parameters and 20,670 visual tokens; 7.5 million and 208
     "mochi": dict(depth=48, width=3072, text_width=1536, heads=24, t5_width=4096),
-    "tiny":  dict(depth=12, width=160,  text_width=80,   heads=4,  t5_width=96),
+    "tiny": dict(depth=12, width=160, text_width=80, heads=4, t5_width=96),
 }
 MUSICINFUSER_LAYERS = (6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47)  # the authors'
-# fmt: on
 
 
 def option(default, help, **more):
-    """A field of a dataclass of options: its default, its meaning and, in `more`, its limits; the
-    command line, the checks and what is printed follow from it (see parser_for)."""
+    """A field of an options dataclass; command line and checks follow from it, see add_option."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -179,9 +176,7 @@ class Block(nn.Module):
             scale_msa_y = self.mod_y(c)
         else:
             scale_msa_y, gate_msa_y, scale_mlp_y, gate_mlp_y = self.mod_y(c).chunk(4, -1)
-
         attn_x, attn_y = self.attn(modulate(x, scale_msa_x), modulate(y, scale_msa_y), rope, mask)
-
         x = residual(x, attn_x, gate_msa_x)
         x = residual(x, self.mlp_x(modulate(x, scale_mlp_x)), gate_mlp_x)
         if not self.last:
