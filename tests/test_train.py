@@ -179,7 +179,7 @@ def test_a_damaged_state_is_one_line(fit, tmp_path):
 
 def in_two_processes(*arguments):
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
-    line = [*launch, "--master_port", "0", os.path.join(ROOT, "train.py"), *arguments]
+    line = [*launch, "--standalone", os.path.join(ROOT, "train.py"), *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 0, run.stderr
