@@ -278,7 +278,7 @@ class AdapterOptions:
 
     layers: list = option(None, "blocks that music follows: 0,3,6, a name, or a ranking's file")
     rank: int = option(64, "of LoRA; 0: none", low=0)
-    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", above=0)
+    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0)
     heads: int = option(8, "of ZICA", low=1)
     window: int = option(None, "latent frames either side that a frame hears; none: all", low=0)
     adapter: str = option("zica", "add: features added, no attention", choices=("zica", "add"))
@@ -358,7 +358,7 @@ def infuse(dit, layers, rank=64, window=None, *, audio_width=768, **options):
     """
     dit.requires_grad_(False)
     options = AdapterOptions(layers=layers, rank=rank, window=window, **options)
-    options.alpha = options.alpha or rank
+    options.alpha = rank if options.alpha is None else options.alpha
     with dit.pos_frequencies.device:
         attach_music(dit, options, audio_width)
         for kind in LORA_TARGETS:
@@ -1836,8 +1836,11 @@ def settle(cls, preferred, given):
     for name, value in given.items():
         if value is not None or defaults[name] is None:  # None is a value only where it is one
             chosen[name] = value
-    lists = {name for name, value in chosen.items() if isinstance(value, list)}
-    chosen |= {name: tuple(chosen[name]) for name in lists}
+    for name, value in chosen.items():
+        if isinstance(value, list):
+            chosen[name] = tuple(value)
+        elif isinstance(value, os.PathLike):
+            chosen[name] = os.fspath(value)
     options = cls(**chosen)
     check_options(options)
     return options
@@ -1898,16 +1901,16 @@ def parser_for(cls, description):
     """An argparse parser with a flag for each field; its result has only what was given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(cls):
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, help=f.metadata["help"])
-        else:
-            add_option(parser, f)
+        add_option(parser, f)
     return parser
 
 
 def add_option(parser, f):
     more = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f).replace("%", "%%")}
-    if f.type is bool:
+    if f.metadata.get("positional"):
+        more.pop("dest")
+        parser.add_argument(f.name, nargs="?", **more)
+    elif f.type is bool:
         parser.add_argument(flag_of(f), action="store_true", **more)
     elif f.name == "size":
         parser.add_argument(flag_of(f), type=height_by_width, metavar="HxW", **more)
