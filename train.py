@@ -71,7 +71,7 @@ def train(data, **given):
     Raises musicinfuser.InputError.
     """
     options, outline = mi.begin(Options, "training", given)
-    complete(options, len(outline.blocks))
+    complete(options, len(outline.blocks), outline.width)
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -91,13 +91,17 @@ def train(data, **given):
 # ------------------------------------------------------------------------------------------------
 
 
-def complete(options, depth):
+def complete(options, depth, width):
     """Fill in what follows from other options, in place. Raises InputError."""
     twentieth = max(options.steps // 20, 1)
     if options.warmup is None:
         options.warmup = twentieth
     if options.half_life is None:
         options.half_life = twentieth
+    if options.rank > width:
+        raise mi.InputError(
+            f"--rank must be {width} or less, the model's width: not {options.rank}"
+        )
     if not all(0 <= sigma <= 1 for sigma in options.eval_sigmas):
         raise mi.InputError(f"--eval-sigmas must be from 0 to 1, not {options.eval_sigmas}")
     if options.min_size and len(options.min_size) != 2:

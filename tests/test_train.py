@@ -286,6 +286,7 @@ IMPOSSIBLE = [
     "steps=0", "batch=0", "accumulate=0", "beta=0", "half_life=0", "rank=-1", "lr=nan", "lr=inf",
     "save_every=0", "eval_every=0", "wild_ratio=-1", "wild_ratio=inf", "caption_dropout=1.5",
     "warmup=-1", "alpha=nan", "audio_dropout=inf", "batch=1e15", "accumulate=1e15", "steps=1e30",
+    "rank=33", "rank=1e20", "eval_clips=1",
 ]
 # fmt: on
 
@@ -345,7 +346,7 @@ def test_what_the_weights_prefer_is_used_unless_other_is_given(
 
 def test_the_papers_settings_are_the_defaults():
     options = mi.settle(train.Options, {}, {"weights": "."})
-    train.complete(options, 48)
+    train.complete(options, 48, 3072)
     assert (options.steps, options.lr, options.warmup, options.half_life) == (4000, 1e-4, 200, 200)
     assert (options.rank, options.window, options.beta, options.batch) == (64, None, 3.0, 1)
     assert options.layers == list(mi.MUSICINFUSER_LAYERS)
