@@ -15,6 +15,7 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
+import datetime
 import difflib
 import hashlib
 import json
@@ -39,12 +40,14 @@ from functools import partial
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
 from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
@@ -193,6 +196,7 @@ class Conditions:
     """What follows from text, music and size alone, made once for all noise levels of a video."""
 
     rope: torch.Tensor  # (N, nh, hd/2, 2)
+    frames: torch.Tensor  # (N,), the latent frame of each visual token
     y: torch.Tensor  # (B, L, Dy), the text stream
     mask: torch.Tensor | None  # (B, 1, 1, N + L), None where every text token is valid
     pooled: torch.Tensor  # (B, D), the text as one vector
@@ -235,6 +239,7 @@ class DiT(nn.Module):
         mask = None if y_mask.all() else F.pad(y_mask, (t * h * w, 0), value=True)[:, None, None]
         return Conditions(
             rope=rope_rotations(self.pos_frequencies, t, h, w),
+            frames=torch.arange(t, device=y_feat.device).repeat_interleave(h * w),
             y=self.t5_yproj(y_feat),
             mask=mask,
             pooled=self.t5_y_embedder(y_feat, y_mask),
@@ -263,7 +268,7 @@ class DiT(nn.Module):
         x, y = self.blocks[i](x, y, c, conditions.rope, conditions.mask)
         if i in conditions.music:
             zica = self.audio_cross_attn_blocks[self.adapter.layers.index(i)]
-            x = zica(x, conditions.music[i])
+            x = zica(x, conditions.music[i], conditions.frames)
         return x, y
 
 
@@ -311,18 +316,15 @@ class ZICA(nn.Module):
     def keys_and_values(self, music):  # (B or 1, T, D) -> (B or 1, nh, T, hd) twice
         return self.split_heads(self.to_k(music)), self.split_heads(self.to_v(music))
 
-    def forward(self, x, keys_and_values):  # x (B, N, D)
+    def forward(self, x, keys_and_values, frames):  # x (B, N, D), frames (N,)
         q = self.split_heads(self.to_q(x))  # (B, nh, N, hd)
         k, v = (tokens.expand(len(x), -1, -1, -1) for tokens in keys_and_values)
-        mask = None if self.window is None else self.near(q.shape[2], k.shape[2], x.device)
+        mask = None
+        if self.window is not None:  # a token hears the music near its own frame
+            music_frames = torch.arange(k.shape[2], device=x.device)
+            mask = (frames[:, None] - music_frames).abs() <= self.window  # (N, T)
         o = F.scaled_dot_product_attention(q, k, v, mask)
         return x + self.to_out(o.transpose(1, 2).flatten(2))
-
-    def near(self, n, t, device):
-        """(N, T): which music each token hears, that within `window` latent frames of its own."""
-        frames = torch.arange(t, device=device)
-        close = (frames[:, None] - frames).abs() <= self.window
-        return close.repeat_interleave(n // t, 0)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -602,8 +604,8 @@ class FeatureAddition(nn.Module):
     def keys_and_values(self, music):  # (B or 1, T, D)
         return self.to_out(music)
 
-    def forward(self, x, music):  # x (B, N, D)
-        return x + music.repeat_interleave(x.shape[1] // music.shape[1], 1)
+    def forward(self, x, music, frames):  # x (B, N, D), frames (N,)
+        return x + music[:, frames]
 
 
 def attach_music(dit, options, audio_width):
@@ -1192,11 +1194,12 @@ def model_digest(path):
 # ----------------------------------------------------------------------------------------------
 
 
-def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
+def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False):
     """Mochi's transformer from genmo's dit.safetensors, frozen.
 
     dtype: of the matrices; norms and rope frequencies stay float32. device="meta" reads shapes
-    only. offload: see Offload. Raises InputError for a file that is missing, damaged or another's.
+    only. offload: see Offload. shard: the blocks stay in their file until shard_blocks. Raises
+    InputError for a file that is missing, damaged or another's.
     """
     needed = (
         "pos_frequencies",
@@ -1220,7 +1223,8 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
             patch=patch,
         )
     dit.config = read_config(path, metadata, channels)
-    fill(dit, path, list(dit.state_dict()), device, dtype, mapped="blocks." if offload else None)
+    mapped = "blocks." if offload or shard else None
+    fill(dit, path, list(dit.state_dict()), device, dtype, mapped)
     if offload:
         Offload(dit, torch.device(device), dtype)
     return dit
@@ -1526,6 +1530,98 @@ def compile_blocks(dit):
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in dit.blocks:
         block.compile(dynamic=True)
+
+
+# ----------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: one video over all of them, or one model
+# ----------------------------------------------------------------------------------------------
+
+
+def join_processes(options):
+    """(rank, count) of this process; its own GPU becomes options.device, only rank 0 prints."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return 0, 1
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
+    backend = "gloo"
+    if options.device == "cuda":
+        backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    # Some wait long: the first makes a cache for all
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), count
+
+
+class TokenParallel:
+    """Each process holds a share of the visual tokens, and all of the text.
+
+    Attention trades tokens for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509); all else works
+    token by token. Raises InputError where the processes do not divide the heads.
+    """
+
+    def __init__(self, dit):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.whole = dit.prepare
+        heads = dit.blocks[0].attn.heads
+        if heads % self.count:
+            raise InputError(f"{self.count} processes do not divide the model's {heads} heads")
+        dit.prepare = self.prepare
+        dit.x_embedder.register_forward_hook(lambda module, inputs, x: self.own(x))
+        dit.final_layer.register_forward_pre_hook(self.gather)
+        for block in dit.blocks:
+            block.attn.attend = partial(self.attend, block.attn.attend)
+
+    def prepare(self, shape, *inputs):
+        conditions = self.whole(shape, *inputs)
+        n = len(conditions.rope)
+        self.sizes = [len(share) for share in torch.arange(n).tensor_split(self.count)]
+        rope, frames = self.own(conditions.rope[None])[0], self.own(conditions.frames[None])[0]
+        return replace(conditions, rope=rope, frames=frames)
+
+    def own(self, x):  # (B, N, ...)
+        return x.split(self.sizes, 1)[self.rank]
+
+    def gather(self, module, inputs):  # x (B, n, D) -> (B, N, D)
+        x, *rest = inputs
+        return torch.cat(self.exchange([x] * self.count, 1), 1), *rest
+
+    def attend(self, inner, q, k, v, mask):  # (B, n + L, nh, hd)
+        n, total = self.sizes[self.rank], sum(self.sizes)
+        qkv = torch.stack([q, k, v])
+        visual = self.exchange(qkv[:, :, :n].chunk(self.count, 3), 2)
+        text = qkv[:, :, n:].chunk(self.count, 3)[self.rank]
+        o = inner(*torch.cat([*visual, text], 2), mask)  # (B, N + L, nh / count, hd)
+        visual = self.exchange(o[:, :total].split(self.sizes, 1))
+        text = self.exchange([o[:, total:]] * self.count)
+        return torch.cat([torch.cat(visual, 2), torch.cat(text, 2)], 1)
+
+    def exchange(self, parts, tokens=None):
+        """Part i goes to process i; what comes has as many `tokens` as its sender holds."""
+        shapes = [list(parts[self.rank].shape) for _ in parts]
+        for shape, size in zip(shapes, self.sizes):
+            if tokens is not None:
+                shape[tokens] = size
+        lengths = [math.prod(shape) for shape in shapes]
+        sent = torch.cat([part.flatten() for part in parts])
+        received = sent.new_empty(sum(lengths))
+        dist.all_to_all_single(received, sent, lengths, [part.numel() for part in parts])
+        return [flat.view(shape) for flat, shape in zip(received.split(lengths), shapes)]
+
+
+def shard_blocks(dit, device, dtype):
+    """Each process keeps its share of every frozen block, fetched when it is used (FSDP2).
+
+    For load_dit(..., shard=True) with its adapter, which stays whole in every process.
+    """
+    trained = set(adapter_parameters(dit).values())
+    for block in dit.blocks:
+        for name, weight in frozen_weights(block).items():
+            kept = torch.float32 if "norm" in name else dtype
+            put_weights(block, {name: weight.to(device, kept)})
+        fully_shard(block, reshard_after_forward=True, ignored_params=trained)
 
 
 # ----------------------------------------------------------------------------------------------
