@@ -185,14 +185,16 @@ def in_two_processes(*arguments):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("shard", [False, True])
 def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
-    weights, dance_videos, tmp_path, fit
+    weights, dance_videos, tmp_path, fit, shard
 ):
     """After two steps, before which nothing changes, AdamW's first moment tells both gradients."""
     options = SMALL | {"steps": 2, "audio_dropout": 0.5, "seed": 3}  # the second is silent
     options |= {"init": weights / "musicinfuser.safetensors", "weights": weights}
     one = fit(**options, batch=2)
-    in_two_processes(*flags(data=dance_videos / "aist", **options, out=tmp_path / "two"))
+    more = {"shard": True, "sample_every": 2} if shard else {}
+    in_two_processes(*flags(data=dance_videos / "aist", out=tmp_path / "two", **options, **more))
     one = load_file(Path(one).parent / "state.safetensors")
     two = load_file(tmp_path / "two" / "state.safetensors")
     assert one.keys() == two.keys()
@@ -201,6 +203,7 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
     for name in gradients:
         assert (one[name] - two[name]).abs().max() < 1e-4 * largest
     assert any("lora" in name for name in gradients) and any("audio" in name for name in gradients)
+    assert (tmp_path / "two" / "step-2.mp4").exists() == shard
 
 
 def test_silent_batches_do_not_hang_two_processes(weights, dance_videos, tmp_path):
