@@ -71,7 +71,9 @@ def train(data, **given):
     Raises musicinfuser.InputError.
     """
     options, outline = mi.begin(Options, "training", given)
-    complete(options, len(outline.blocks), outline.width)
+    complete(options, len(outline.blocks))
+    if options.rank > outline.width:
+        raise mi.InputError(f"--rank must be the model's width, {outline.width}, or less")
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -90,17 +92,13 @@ def train(data, **given):
 # ------------------------------------------------------------------------------------------------
 
 
-def complete(options, depth, width):
+def complete(options, depth):
     """Fill in what follows from other options, in place. Raises InputError."""
     twentieth = max(options.steps // 20, 1)
     if options.warmup is None:
         options.warmup = twentieth
     if options.half_life is None:
         options.half_life = twentieth
-    if options.rank > width:
-        raise mi.InputError(
-            f"--rank must be {width} or less, the model's width: not {options.rank}"
-        )
     if options.offload and options.shard:
         raise mi.InputError("--offload and --shard do not go together")
     if not all(0 <= sigma <= 1 for sigma in options.eval_sigmas):
@@ -108,6 +106,7 @@ def complete(options, depth, width):
     if options.min_size and len(options.min_size) != 2:
         raise mi.InputError("--min-size takes two numbers, such as 240 426")
     options.layers = pick_layers(options.layers, depth, options.weights, options.top)
+    options.top = None  # the layers have it
 
 
 def pick_layers(choice, depth, weights, top=None):

@@ -349,7 +349,7 @@ def test_what_the_weights_prefer_is_used_unless_other_is_given(
 
 def test_the_papers_settings_are_the_defaults():
     options = mi.settle(train.Options, {}, {"weights": "."})
-    train.complete(options, 48, 3072)
+    train.complete(options, 48)
     assert (options.steps, options.lr, options.warmup, options.half_life) == (4000, 1e-4, 200, 200)
     assert (options.rank, options.window, options.beta, options.batch) == (64, None, 3.0, 1)
     assert options.layers == list(mi.MUSICINFUSER_LAYERS)
