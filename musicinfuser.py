@@ -47,25 +47,21 @@ import torchaudio
 from imageio_ffmpeg import get_ffmpeg_exe
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 # ----------------------------------------------------------------------------------------------
 # The models that exist. Sizes are read off a file's shapes; these tables are for the reader.
 # ----------------------------------------------------------------------------------------------
 
-# fmt: off
 MODELS = {  # 10.03 billion parameters and 20,670 visual tokens; 7.5 million and 208
     "mochi": dict(depth=48, width=3072, text_width=1536, heads=24, t5_width=4096),
-    "tiny":  dict(depth=12, width=160,  text_width=80,   heads=4,  t5_width=96),
+    "tiny": dict(depth=12, width=160, text_width=80, heads=4, t5_width=96),
 }
 MUSICINFUSER_LAYERS = (6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47)  # the authors'
-# fmt: on
 
 
 def option(default, help, **more):
-    """A field of a dataclass of options: its default, its meaning and, in `more`, its limits; the
-    command line, the checks and what is printed follow from it (see parser_for)."""
+    """A field of an options dataclass; command line and checks follow from it, see add_option."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -180,9 +176,7 @@ class Block(nn.Module):
             scale_msa_y = self.mod_y(c)
         else:
             scale_msa_y, gate_msa_y, scale_mlp_y, gate_mlp_y = self.mod_y(c).chunk(4, -1)
-
         attn_x, attn_y = self.attn(modulate(x, scale_msa_x), modulate(y, scale_msa_y), rope, mask)
-
         x = residual(x, attn_x, gate_msa_x)
         x = residual(x, self.mlp_x(modulate(x, scale_mlp_x)), gate_mlp_x)
         if not self.last:
@@ -779,8 +773,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):  # (B, C, T, H, W)
         frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        frames = F.group_norm(frames, self.num_groups, weight, bias, self.eps)
+        if x.device.type == "cuda":  # a CPU's kernel takes float32 weights over bfloat16
+            frames = frames.float()
+        frames = super().forward(frames).to(x.dtype)
         return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
@@ -1023,8 +1018,11 @@ class InputError(ValueError):
 
 
 @contextmanager
-def written_whole(path):
-    """A temporary name beside `path` to write to: renamed at the end, removed if anything fails."""
+def written_whole(path, exclusive=False):
+    """A temporary name beside `path` to write to: renamed at the end, removed if anything fails.
+
+    exclusive: it is an InputError if there is a file of that name by then.
+    """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     ending = os.path.splitext(name)[1][:20]
@@ -1034,7 +1032,10 @@ def written_whole(path):
     try:
         os.makedirs(folder, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -1616,6 +1617,8 @@ def shard_blocks(dit, device, dtype):
 
     For load_dit(..., shard=True) with its adapter, which stays whole in every process.
     """
+    from torch.distributed.fsdp import fully_shard  # here, because it takes a second
+
     trained = set(adapter_parameters(dit).values())
     for block in dit.blocks:
         for name, weight in frozen_weights(block).items():
@@ -1845,13 +1848,13 @@ def from_pixels(frames):
     return torch.from_numpy(np.asarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):
+def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=False):
     """H.264 (yuv420p), with the song, cut or silenced to the picture's length, as AAC.
 
     video: (3, T, H, W) in [-1, 1], or an iterable of such pieces, which are written as they come.
-    Written whole or not at all. Raises InputError where it cannot be written.
+    Written whole or not at all; exclusive: over no other file. Raises InputError where it cannot.
     """
-    with written_whole(path) as temporary, tempfile.TemporaryDirectory() as folder:
+    with written_whole(path, exclusive) as temporary, tempfile.TemporaryDirectory() as folder:
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:

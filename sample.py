@@ -43,7 +43,7 @@ def generate(song, prompt, **given):
     rank, count = mi.join_processes(options)
     check(options, dit)
     waveform = window_of_song(options, dit.config.fps)
-    check_out(options.out, len(options.seeds))
+    check_out(options)
     mi.print_options(options)
     text, null, audio = encode(options, dit, waveform)
     dit, decoder = load(options)
@@ -76,13 +76,16 @@ def check(options, dit):
             raise mi.InputError(f"no such folder: {folder}")
 
 
-def check_out(out, count):
+def check_out(options):
     """Whether videos can be written there, and overwrite nothing."""
-    if is_video(out) and count > 1:
-        raise mi.InputError(f"--out {out} is one file for {count} seeds; name a folder")
-    if not is_video(out) and os.path.splitext(out)[1].lower() in (".mov", ".mkv", ".webm", ".avi"):
+    out, ending = options.out, os.path.splitext(options.out)[1].lower()
+    if is_video(out) and len(options.seeds) > 1:
+        raise mi.InputError(f"--out {out} is one file for many seeds; name a folder")
+    if ending in (".mov", ".mkv", ".webm", ".avi"):
         raise mi.InputError(f"--out {out}: videos are .mp4 here")
-    new_path(out, "")
+    for path in (out, os.path.splitext(out)[0] + ".json") if is_video(out) else ():
+        if os.path.exists(path):
+            raise mi.InputError(f"{path} exists; name another --out")
     folder = os.path.dirname(os.path.abspath(out)) if is_video(out) else out
     try:
         os.makedirs(folder, exist_ok=True)
@@ -145,7 +148,8 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
         return None
     song = os.path.splitext(os.path.basename(options.song))[0]
     path = new_path(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}")
-    mi.save_video(path, film, dit.config.fps, options.song, options.start, options.speed)
+    window = options.song, options.start, options.speed
+    mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
     mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
     print(path)
@@ -157,16 +161,12 @@ def is_video(out):
 
 
 def new_path(out, stem):
-    """`out` itself if it is an .mp4, which must not exist, else a new name in the folder `out`."""
-    if is_video(out):
-        for path in (out, os.path.splitext(out)[0] + ".json"):
-            if os.path.exists(path):
-                raise mi.InputError(f"{path} exists; name another --out")
-        return out
-    path, n = os.path.join(out, f"{stem}.mp4"), 1
-    while os.path.exists(path):
+    """A new .mp4 in the folder `out`, or `out` itself; with -2, -3, ... where one is there."""
+    path = out if is_video(out) else os.path.join(out, f"{stem}.mp4")
+    begin, n = os.path.splitext(path)[0], 1
+    while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
         n += 1
-        path = os.path.join(out, f"{stem}-{n}.mp4")
+        path = f"{begin}-{n}.mp4"
     return path
 
 

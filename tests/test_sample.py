@@ -41,7 +41,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
 def videos(monkeypatch):
     """What would have been written, in place of writing it."""
     made = []
-    monkeypatch.setattr(mi, "save_video", lambda path, video, *_: made.append(video))
+    monkeypatch.setattr(mi, "save_video", lambda path, video, *_, **__: made.append(video))
     return made
 
 
@@ -283,7 +283,7 @@ BAD = [
     ("song.wav", "--solver rk4", "invalid choice"),
     ("song.wav", "--stepz 3", "unrecognized"),
     ("song.wav", "--skip 3", "from 0 to 2"),
-    ("song.wav", "--seed 0 1 --out new.mp4", "one file for 2 seeds"),
+    ("song.wav", "--seed 0 1 --out new.mp4", "one file for many seeds"),
     ("song.wav", "--seed 0 0", "different numbers"),
     ("song.wav", "--seed 99999999999999999999", "2^63"),
     ("song.wav", "--out clip.mov", "videos are .mp4"),
