@@ -298,6 +298,8 @@ def memory(options, dit, example, processes=1):
     kept = depth * block
     if checkpoints(options, dit, example):
         kept = block + depth * block / 40  # one, and the inputs of all
+    if options.offload and options.device != "cpu":
+        kept = block  # the inputs wait in host memory
     # A trained number is float32, and so are its gradient and its two moments
     return frozen * mi.DTYPES[options.dtype].itemsize + 16 * trained + kept
 
