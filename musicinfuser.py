@@ -1298,6 +1298,9 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
             dit.adapter = replace(dit.adapter, rank=rank, alpha=alpha)
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
     fill(dit, path, list(adapter_parameters(dit)), device, dtype)
+    for name, p in adapter_parameters(dit).items():
+        if not p.is_meta and not p.isfinite().all():
+            raise InputError(f"{path} has values in {name} that are not numbers; train it again")
     return dit
 
 
@@ -1734,9 +1737,13 @@ STEREO_RATE = 44100  # of the song in a video
 
 def ffmpeg_command(path, *arguments):
     """ffmpeg on a local media file, whatever its name; quiet, no questions, no network."""
+    try:
+        ffmpeg = get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise InputError("there is no ffmpeg; pip install imageio[ffmpeg] brings one") from error
     allowed = ["-protocol_whitelist", "file,pipe", "-format_whitelist", MEDIA_FORMATS]
     source = [*allowed, "-i", "file:" + os.path.abspath(path)]
-    return [get_ffmpeg_exe(), "-v", "error", "-nostdin", *source, *map(str, arguments)]
+    return [ffmpeg, "-v", "error", "-nostdin", *source, *map(str, arguments)]
 
 
 def ffmpeg(path, *arguments):
