@@ -2131,7 +2131,7 @@ def peak_memory(device):
 
 def main(function):
     """Run a script's function: what the user can mend ends in one line and a non-zero exit."""
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036
         sys.exit("error: Python 3.11 or newer is needed")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):

@@ -10,8 +10,12 @@ import math
 import os
 import random
 import re
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 import torch.distributed as dist
