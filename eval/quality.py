@@ -1,0 +1,162 @@
+"""How good do videos look, how like real ones, and are they copies?
+
+Top to bottom:   image quality (pyiqa) | Frechet distance over the VAE's features | not copied
+Videos are (3,T,H,W) in [-1,1], T = 6k + 1 where an encoder sees them.
+"""
+
+import glob
+import itertools
+import math
+import os
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import musicinfuser as mi
+
+# ----------------------------------------------------------------------------------------------
+# Image quality
+# ----------------------------------------------------------------------------------------------
+
+# imaging is VBench's imaging quality: MUSIQ trained on SPAQ, 0 to 100. laion_aes is pyiqa's MLP of
+# that name, about 0 to 10; VBench's aesthetic quality is LAION's older linear head, another scale.
+PYIQA = {"imaging": "musiq-spaq", "laion_aes": "laion_aes"}
+LONGEST = 512  # pixels a side that MUSIQ sees, as in VBench
+
+
+def image_quality(metric, device):
+    """measure(video) -> the mean over the frames of pyiqa's score. Raises InputError."""
+    try:
+        import pyiqa  # here, because it is the user's to install
+
+        model = pyiqa.create_metric(PYIQA[metric], device=torch.device(device))
+    except Exception as error:  # not there, or its model cannot be fetched; it raises many kinds
+        advice = "pip install pyiqa, or choose --metric frechet"
+        needed = f"--metric {metric} needs pyiqa and its {PYIQA[metric]}"
+        raise mi.InputError(f"{needed} ({error}): {advice}") from error
+
+    def measure(video):
+        scores = [float(model(frame.to(device))) for frame in frames_to_score(video, metric)]
+        return sum(scores) / len(scores)
+
+    return measure
+
+
+def frames_to_score(video, metric):
+    """Yield (1,3,H,W) in [0,1]."""
+    for frame in ((video + 1) / 2).split(1, dim=1):
+        frame = frame.transpose(0, 1)
+        scale = LONGEST / max(frame.shape[2:])
+        if metric == "imaging" and scale < 1:  # laion_aes resizes by itself
+            size = [int(scale * side) for side in frame.shape[2:]]
+            frame = F.interpolate(frame, size=size, mode="bilinear")
+        yield frame
+
+
+# ----------------------------------------------------------------------------------------------
+# Frechet distance
+# ----------------------------------------------------------------------------------------------
+
+REFERENCE = "reference.safetensors"  # of a weights folder: mean and covariance of real clips
+FEATURE = (
+    "the encoder's last activations, after norm and SiLU, averaged over space; "
+    "one vector a latent frame"
+)
+
+
+@torch.no_grad()
+def features(video, encoder):
+    """(latent frames, C) float32: see FEATURE."""
+    seen = []  # of the pieces in which the encoder takes the video
+
+    def look(_, inputs):
+        seen.append(inputs[0][0].float().mean((1, 2)))  # (1, t, h, w, C) -> (t, C)
+
+    hook = encoder.output_proj.register_forward_pre_hook(look)
+    encoder(video[None].to(encoder.output_proj.weight.device))
+    hook.remove()
+    return torch.cat(seen).cpu()
+
+
+def gaussian(measured):
+    """Features of some videos, (T, C) each -> mean (C,), covariance (C, C), float64."""
+    rows = torch.cat(measured).double()
+    return rows.mean(0), rows.T.cov()
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|m_a - m_b|^2 + tr(A + B - 2 (A B)^(1/2)) of two Gaussians; float64, covariances may be
+    singular.
+
+    The product's root has the trace of the root of the symmetric A^(1/2) B A^(1/2), whose
+    eigenvalues are real.
+    """
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    shared = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (mean_a - mean_b).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * shared)
+
+
+def reference_statistics(videos, encoder):
+    """({"mean", "cov"}, metadata) of the features of an iterable of videos: what save_safetensors
+    makes a weights folder's reference.safetensors of. Raises InputError for none."""
+    measured = [features(video, encoder) for video in videos]
+    if not measured:
+        raise mi.InputError("there is no reference clip that is long enough")
+    mean, cov = gaussian(measured)
+    return {"mean": mean, "cov": cov}, {"clips": str(len(measured)), "feature": FEATURE}
+
+
+def load_reference(path, width):
+    """(mean, cov), how many clips. Raises InputError for what is not such statistics."""
+    tensors, metadata = mi.read_safetensors(path)
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    mi.check_names(path, shapes, {"mean": (width,), "cov": (width, width)})
+    finite = all(tensor.isfinite().all() for tensor in tensors.values())
+    if metadata.get("feature") != FEATURE or not finite:
+        raise mi.InputError(f"{path} is not a reference for --metric frechet; make it again")
+    return (tensors["mean"].double(), tensors["cov"].double()), metadata.get("clips", "?")
+
+
+def videos_below(folder):
+    """All videos below a folder, sorted. Raises InputError for none."""
+    endings = (".mp4", ".mov", ".webm", ".mkv", ".avi")
+    paths = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
+    paths = [path for path in paths if path.lower().endswith(endings) and os.path.isfile(path)]
+    if not paths:
+        raise mi.InputError(f"there is no video below {folder}")
+    return sorted(paths)
+
+
+def reference_clips(folder, frames, height, width, fps):
+    """Yield the beginning of every video below a folder that is long enough."""
+    for path in tqdm(videos_below(folder), "reference", unit="clip"):
+        clip = list(itertools.islice(mi.read_frames(path, height, width, fps), frames))
+        if len(clip) == frames:
+            yield torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2) / 127.5 - 1
+
+
+# ----------------------------------------------------------------------------------------------
+# Not copied: how near is the nearest training clip?
+# ----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latents_of(video, encoder):
+    """(12, T, H, W): the mean that the VAE encodes a video to. A copy would have the same."""
+    device = encoder.output_proj.weight.device
+    return encoder(video[None].to(device))[0][0].float().cpu()
+
+
+def nearest(queries, bank):
+    """(index (Q,), distance (Q,)) of the nearest of `bank` to each of `queries`.
+
+    queries, bank: features of one shape each, stacked. The distance is the root of the mean
+    squared difference, 0 for a copy, in the features' own unit.
+    """
+    a, b = queries.flatten(1).double(), bank.flatten(1).double()
+    distance, index = torch.cdist(a, b).min(1)
+    return index, distance / math.sqrt(a.shape[1])
