@@ -9,7 +9,6 @@ made without music.
 
 import functools
 import math
-import os
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import musicinfuser as mi
+from dataset.clips import video_size
 
 FPS = 30  # at which every video is read
 MIN_FRAMES = 31  # a second: less holds a beat or two, and every score of it is noise
@@ -31,22 +31,12 @@ class NoScore(mi.InputError):
 # ----------------------------------------------------------------------------------------------
 
 
-def picture_size(path):
-    """(height, width) of a video as it is shown. Raises InputError."""
-    try:
-        first = ("-map", "0:v:0", "-frames:v", 1, "-f", "image2pipe", "-c:v", "ppm", "-")
-        ppm = mi.ffmpeg("-i", os.path.abspath(path), *first)
-    except mi.InputError as error:
-        raise mi.InputError(f"{path} cannot be read as video ({error})") from error
-    if not ppm:
-        raise mi.InputError(f"{path} has no picture")
-    _, width, height = ppm[:32].split()[:3]
-    return int(height), int(width)
-
-
 def read_film(path, fps=FPS, longest=None):
     """Yield a video's frames, uint8 (H, W, 3), at `fps`; at most `longest` pixels a side."""
-    height, width = picture_size(path)
+    try:
+        height, width = video_size(path)
+    except mi.InputError as error:
+        raise mi.InputError(f"{path} cannot be read as video ({error})") from error
     if longest and max(height, width) > longest:
         scale = longest / max(height, width)
         height, width = max(round(scale * height), 1), max(round(scale * width), 1)

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 import musicinfuser as mi
-import train
+from dataset.aist import TEST_SONGS
 from eval import beats as bt
 from eval import judge as jd
 from eval import quality
@@ -90,7 +90,7 @@ def without_music(video):
 
 
 def score_beats(videos, song=None):
-    """{video: {"music", "own", "control"}}; what cannot be scored is named and left out."""
+    """{video: {"music", "music_cfg", "own", "control"}}; the unscorable are named."""
     bt.import_librosa()
     heard, motions = {}, {}
     for video in tqdm(videos, "motion and beats", unit="video"):
@@ -110,7 +110,8 @@ def scored(video, motion, heard):
     """heard: {video: (Music, beats)} of all videos."""
     music, beats = heard[video]
     controls = [bt.beat_scores(motion, other) for other in control_beats(motion, music, heard)]
-    row = {"music": music, "own": bt.beat_scores(motion, beats), "control": None}
+    row = {"music": music, "music_cfg": recipe_of(video).get("music_cfg")}
+    row |= {"own": bt.beat_scores(motion, beats), "control": None}
     if controls:
         row["control"] = {name: float(np.mean([c[name] for c in controls])) for name in bt.SCORES}
     return row
@@ -145,7 +146,7 @@ def beat_report(videos, song=None):
     print(f"\n{len(rows)} videos, {len(songs)} songs, beats by librosa\n\n{beat_table(means)}")
     if len(songs) == 1:
         print("one song only: the control is its other places, at the same tempo")
-    return {"mean": means, "videos": {video: row for video, row in rows.items()}}
+    return {"mean": means, "control": control, "videos": rows}
 
 
 def beat_table(means):
@@ -200,22 +201,22 @@ PROMPTS = (
     "a female dancer in a yellow raincoat dancing in a street at night, front-left diagonal view",
     "two dancers in black clothes dancing on a roof at sunset, captured from a front view",
     "an old man in a grey coat dancing in a railway station, captured from a front view",
-    "a dancer in a silver costume dancing in a club with coloured lights, front-right diagonal view",
+    "a dancer in silver clothes dancing in a club with coloured lights, front-right diagonal view",
     "a girl in a summer dress dancing on a beach, captured from a front view",
 )
 
 
 def protocol_songs(folder):
-    """The files mLH4.*, mKR2.*, ... of `folder`, the held-out songs; or its files, if ten others."""
+    """The files mLH4.*, mKR2.*, ... of a folder, the held-out songs; or all, if ten others."""
     if not os.path.isdir(folder or ""):
         needed = "--protocol needs --songs, a folder with the held-out songs"
         raise mi.InputError(f"{needed}; there is no folder {folder}")
     files = sorted(glob.glob(os.path.join(glob.escape(folder), "*")))
     files = [file for file in files if os.path.isfile(file)]
     named = {os.path.splitext(os.path.basename(file))[0]: file for file in files}
-    missing = [name for name in train.TEST_SONGS if name not in named]
+    missing = [name for name in TEST_SONGS if name not in named]
     if not missing:
-        return [named[name] for name in train.TEST_SONGS]
+        return [named[name] for name in TEST_SONGS]
     if len(files) != 10 or len(missing) < 10:
         lacks = f"{folder} lacks the held-out {', '.join(missing)}"
         raise mi.InputError(f"{lacks}, and is not a folder of ten others")
@@ -294,8 +295,10 @@ def counterfactual(video, others, folder, device=None, dtype=None):
     original = np.stack(list(bt.read_film(video)))
     rows = {}
     for change, new in changed_music(music, others, folder).items():
-        path = os.path.join(folder, f"{stem}-{change.replace(' ', '-')}.mp4")
-        make_video(path, options_again(recipe) | new._asdict(), device, dtype)
+        path = video
+        if new != music:
+            path = os.path.join(folder, f"{stem}-{change.replace(' ', '-')}.mp4")
+            make_video(path, options_again(recipe) | new._asdict(), device, dtype)
         rows[change] = answer(path, original, music, new)
     return rows
 

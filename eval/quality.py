@@ -4,10 +4,8 @@ Top to bottom:   image quality (pyiqa) | Frechet distance over the VAE's feature
 Videos are (3,T,H,W) in [-1,1], T = 6k + 1 where an encoder sees them.
 """
 
-import glob
 import itertools
 import math
-import os
 
 import numpy as np
 import torch
@@ -15,6 +13,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import musicinfuser as mi
+from dataset.aist import list_videos
 
 # ----------------------------------------------------------------------------------------------
 # Image quality
@@ -123,12 +122,10 @@ def load_reference(path, width):
 
 def videos_below(folder):
     """All videos below a folder, sorted. Raises InputError for none."""
-    endings = (".mp4", ".mov", ".webm", ".mkv", ".avi")
-    paths = glob.glob(os.path.join(glob.escape(folder), "**", "*"), recursive=True)
-    paths = [path for path in paths if path.lower().endswith(endings) and os.path.isfile(path)]
-    if not paths:
+    videos = list_videos(folder)
+    if not videos:
         raise mi.InputError(f"there is no video below {folder}")
-    return sorted(paths)
+    return videos
 
 
 def reference_clips(folder, frames, height, width, fps):

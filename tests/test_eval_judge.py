@@ -95,7 +95,7 @@ def videos(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """A judge that answers "8/10", and the list of what it was asked; the fifth time it is stopped."""
+    """A judge that answers "8/10", and the list of what it was asked; stopped at the fifth."""
     asked = []
 
     def ask(judge, video, question, tokens=16):

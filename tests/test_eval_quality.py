@@ -101,7 +101,7 @@ def test_the_shipped_reference_fits_the_shipped_encoder(encoder):
 def test_reference_clips_are_whole_beginnings(tmp_path):
     for i, frames in enumerate((9, 7, 5)):  # the last is too short
         mi.save_video(str(tmp_path / "deeper" / f"{i}.mp4"), clips(1, frames, seed=i)[0])
-    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "folder.mp4").mkdir()  # is no video
     found = list(quality.reference_clips(str(tmp_path), 7, 32, 32, 30))
     assert [clip.shape for clip in found] == [(3, 7, 32, 32)] * 2
     assert all(-1 <= clip.min() and clip.max() <= 1 for clip in found)
