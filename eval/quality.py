@@ -1,11 +1,17 @@
 """How good do videos look, how like real ones, and are they copies?
 
-Top to bottom:   image quality (pyiqa) | Frechet distance over the VAE's features | not copied
+Top to bottom:   image quality (pyiqa) | Frechet distance over the VAE's features | not copied |
+                 the metrics that adaptability.py offers
 Videos are (3,T,H,W) in [-1,1], T = 6k + 1 where an encoder sees them.
 """
 
+import importlib
 import itertools
+import json
 import math
+import os
+import re
+import sys
 
 import numpy as np
 import torch
@@ -133,7 +139,7 @@ def reference_clips(folder, frames, height, width, fps):
     for path in tqdm(videos_below(folder), "reference", unit="clip"):
         clip = list(itertools.islice(mi.read_frames(path, height, width, fps), frames))
         if len(clip) == frames:
-            yield torch.from_numpy(np.stack(clip)).permute(3, 0, 1, 2) / 127.5 - 1
+            yield mi.from_pixels(np.stack(clip))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -157,3 +163,126 @@ def nearest(queries, bank):
     a, b = queries.flatten(1).double(), bank.flatten(1).double()
     distance, index = torch.cdist(a, b).min(1)
     return index, distance / math.sqrt(a.shape[1])
+
+
+# ----------------------------------------------------------------------------------------------
+# Metrics of adaptability.py: what is measured of a video, how that is kept, and the score of
+# several; higher is better
+# ----------------------------------------------------------------------------------------------
+
+
+def choose_metric(options):
+    """Number or Frechet, not loaded yet. options: of adaptability.py. Raises InputError."""
+    own = os.path.join(options.weights, REFERENCE)
+    has_reference = options.reference or os.path.exists(own)
+    if options.metric is None:
+        options.metric = "frechet" if has_reference else "imaging"
+    if options.metric != "frechet":
+        if options.reference:
+            raise mi.InputError(f"--reference is for frechet, not for --metric {options.metric}")
+        return Number(options.metric)
+    if not has_reference:
+        raise mi.InputError(f"--metric frechet needs --reference FOLDER, as there is no {own}")
+    return Frechet(options)
+
+
+class Number:
+    """A number a video, pyiqa's or the user's, and their mean."""
+
+    def __init__(self, name):
+        self.name, self.source, self.function = name, None, None
+        if name not in PYIQA:
+            self.function = users_function(name)
+            file = getattr(sys.modules[name.split(":")[0]], "__file__", None)
+            self.source = file and mi.file_digest(file)  # one that was changed measures anew
+
+    def load(self, options, fps, sampling):
+        if sampling and self.name in PYIQA:
+            self.function = image_quality(self.name, options.device)
+
+    def write(self, path, pixels, about):
+        """Raises InputError where the function fails, or gives no number."""
+        video = about["video"]
+        try:
+            found = float(self.function(pixels))
+        except Exception as error:  # whatever the user's function raises
+            reason = f"{type(error).__name__}: {error}"
+            raise mi.InputError(f"{self.name} fails on {video} ({reason})") from error
+        if not math.isfinite(found):
+            raise mi.InputError(f"{self.name} gives {found} for {video}")
+        mi.save_json(path + ".json", {"score": found} | about)
+
+    def read(self, path):
+        """None where it is not there, or damaged."""
+        try:
+            with open(path + ".json", encoding="utf-8") as file:
+                found = json.load(file)["score"]
+            return found if math.isfinite(found) else None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return None
+
+    def score(self, measured):
+        return sum(measured) / len(measured)
+
+
+class Frechet:
+    """The VAE encoder's features of each video; minus the distance of all to real clips'."""
+
+    source = None
+
+    def __init__(self, options):
+        self.path = os.path.join(options.weights, "encoder.safetensors")
+        self.width = mi.load_encoder(self.path, "meta").output_proj.in_features
+        self.frames = mi.latent_frames(options.frames)
+
+    def load(self, options, fps, sampling):
+        self.encoder = mi.load_encoder(self.path, options.device, mi.DTYPES[options.dtype])
+        file = os.path.join(options.weights, REFERENCE)
+        if options.reference:
+            file = self.reference_of_folder(options, fps)
+        self.wanted, count = load_reference(file, self.width)
+        print(f"reference {count} clips, {options.reference or file}")
+
+    def reference_of_folder(self, options, fps):
+        """The statistics of a folder's videos, made once for each content of it."""
+        contents = [mi.file_digest(path) for path in videos_below(options.reference)]
+        how = [mi.model_digest(self.path), options.dtype, options.frames, options.size]
+        key = mi.digest([contents, how])[:12]
+        file = os.path.join(options.out, "kept", f"reference-{key}.safetensors")
+        if not os.path.exists(file):
+            clips = reference_clips(options.reference, options.frames, *options.size, fps)
+            mi.save_safetensors(file, *reference_statistics(clips, self.encoder))
+        return file
+
+    def write(self, path, pixels, about):
+        found = features(pixels, self.encoder)
+        mi.save_safetensors(path + ".safetensors", {"features": found})
+
+    def read(self, path):
+        try:
+            found = mi.read_safetensors(path + ".safetensors")[0]["features"].clone()
+        except (mi.InputError, KeyError):
+            return None
+        fits = found.shape == (self.frames, self.width) and found.isfinite().all()
+        return found if fits else None
+
+    def score(self, measured):
+        return -frechet_distance(*gaussian(measured), *self.wanted)
+
+
+def users_function(metric):
+    """The function behind "module:function"; the module may lie in the current folder."""
+    if not re.fullmatch(r"[\w.]+:\w+", metric):
+        names = ", ".join([*PYIQA, "frechet"])
+        raise mi.InputError(f"--metric {metric} is not {names} or some module:function")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    module, name = metric.split(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module raises
+        reason = f"{type(error).__name__}: {error}"
+        raise mi.InputError(f"--metric {metric} cannot be imported ({reason})") from error
+    if not callable(function):
+        raise mi.InputError(f"--metric {metric} is not a function")
+    return function
