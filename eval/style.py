@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tiny import make as world
+from tiny import world
 
 
 def silhouettes(film):
