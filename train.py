@@ -1,296 +1,432 @@
 """A folder of dance videos in, an adapter out:   python train.py --data aist/
 
-The paper's settings are the defaults. Whatever happens at a step follows from the seed and the step alone, so a run
-that was killed goes on by the same command and ends with the adapter of a run that never was.
+The paper's settings are the defaults. Whatever happens at a step follows from the seed and the step
+alone, so a run that was killed goes on by the same command and ends with the adapter, to the bit, of
+a run that never was.
 """
 
-import argparse
 import datetime
-import hashlib
+import fcntl
 import json
 import math
 import os
 import random
 import re
 import time
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import musicinfuser as mi
-
-# ------------------------------------------------------------------------------------------------------------------
-# AIST, by its file names
-# ------------------------------------------------------------------------------------------------------------------
-
-AIST_NAME = re.compile(r"g([A-Z]{2})_s([A-Z]{2})_c(\d\d)((?:_d\d+)+)_m([A-Z]{2}\d+)_ch\d+")
-GENRES = {"BR": "Break", "PO": "Pop", "LO": "Lock", "MH": "Middle Hip-hop", "LH": "LA style Hip-hop", "HO": "House",
-          "WA": "Waack", "KR": "Krump", "JS": "Street Jazz", "JB": "Ballet Jazz"}  # fmt: skip
-SITUATIONS = {"BM": "basic dance", "FM": "advanced dance", "MM": "moving camera", "GR": "group dance", "SH": "showcase",
-              "CY": "cypher", "BT": "battle"}  # fmt: skip
-CAMERAS = {"01": "front view", "02": "front-left diagonal view", "03": "left side view", "04": "back-left diagonal view",
-           "05": "back view", "06": "back-right diagonal view", "07": "right side view", "08": "front-right diagonal view",
-           "09": "close-up front view from a low angle", "10": "moving front view"}  # fmt: skip
-TRAINING_CAMERAS = ("01", "10")
-TEST_SONGS = ("mLH4", "mKR2", "mBR0", "mLO2", "mJB5", "mWA0", "mJS3", "mMH3", "mHO5", "mPO1")
-FEMALE = {1, 2, 3, 7, 8, 9, 12, 13, 15, 16, 18, 19, 25, 26, 27}  # of the dancers 1 to 35
-AIST_CROP = 324 / 1920, 270 / 1080, 1272 / 1920, 720 / 1080  # x, y, width, height: the dancers, of the whole stage
-
-PLAIN = "a professional dancer dancing in a studio with a white backdrop"
-WILD_PLAIN = "a dance video"
-TEMPLATES = (
-    "{who} dancing {genre} in {situation} setting in a studio with a white backdrop, {camera}",
-    "{who} performing {genre} in a studio with a white backdrop, captured from a {camera}, in {situation} setting",
-    "in a studio with a white backdrop, {who} dancing {genre}, {camera}, {situation} setting",
-    "a {camera} of {who} dancing {genre} in {situation} setting, in a studio with a white backdrop",
-)
+from dataset.aist import PLAIN, find_videos
+from dataset.batches import Samples
+from dataset.cache import clear_temporaries
+from dataset.clips import Preprocessor
 
 
-def aist_prompts(name):
-    """The four prompts of an AIST file name."""
-    genre, situation, camera, dancers, _ = AIST_NAME.search(name).groups()
-    sexes = {True: "a professional female dancer", False: "a professional male dancer", None: "unknown"}
-    who = [sexes[(d in FEMALE) if 1 <= d <= 35 else None] for d in map(int, re.findall(r"\d+", dancers))]
-    who = " and ".join([", ".join(who[:-1]), who[-1]] if len(who) > 1 else who)
-    situation = SITUATIONS.get(situation, situation)
-    words = dict(who=who, genre=GENRES.get(genre, genre), camera=CAMERAS.get(camera, "front view"))
-    words["situation"] = f"{'an' if situation[0] in 'aeiou' else 'a'} {situation}"
-    return [template.format(**words) for template in TEMPLATES]
+@dataclass
+class Options(mi.AdapterOptions, mi.RunOptions):
+    """All options of a run. The defaults are the paper's, for Mochi; a weights folder may prefer
+    others."""
+
+    top: int = mi.option(None, "how many layers of a ranking or a name; default: a third", low=1)
+    wild: str = mi.option(None, "folder of other dance videos, a caption in a .txt beside each")
+    wild_ratio: float = mi.option(1.0, "of them for each of --data's", low=0)
+    min_size: tuple = mi.option(None, "HEIGHT WIDTH a video needs; default: the clips'", parse=int)
+    out: str = mi.option("runs/musicinfuser", "run folder; the same command goes on in it")
+    init: str = mi.option(None, "adapter to begin from; default: a fresh one")
+    steps: int = mi.option(4000, "of the optimiser", low=1, line="training")
+    batch: int = mi.option(1, "clips at once", low=1, high=4096, line="training")
+    accumulate: int = mi.option(1, "batches a step", low=1, high=4096, line="training")
+    lr: float = mi.option(1e-4, "AdamW's peak learning rate", above=0, line="training")
+    warmup: int = mi.option(None, "steps to the peak; default: a twentieth of all", low=0)
+    beta: float = mi.option(3.0, "noise begins at Beta(1, beta); 1: uniform", above=0, line="noise")
+    half_life: float = mi.option(
+        None, "its steps, half-way to uniform; default: a twentieth", above=0
+    )
+    base_prompt_ratio: float = mi.option(0.2, "how often the plain prompt is used", low=0, high=1)
+    caption_dropout: float = mi.option(0.1, "how often there is no prompt", low=0, high=1)
+    audio_dropout: float = mi.option(0.0, "how often a batch has no music", low=0, high=1)
+    save_every: int = mi.option(500, "steps", low=1)
+    eval_every: int = mi.option(500, "steps between losses on held-out clips", low=1)
+    eval_clips: int = mi.option(4, "held-out clips, heard with their own song and another", low=2)
+    eval_sigmas: tuple = mi.option((0.75, 0.9), "noise levels of those losses", parse=float)
+    sample_every: int = mi.option(0, "steps between videos of a held-out song; 0: none", low=0)
+    seed: int = mi.option(42, "of everything", low=0)
 
 
-def find_videos(data, wild, split="train"):
-    """[{path, kind, song, prompts}]: AIST's videos below `data` in that split and all videos below `wild`."""
-    videos = []
-    for path in walk(data):
-        if match := AIST_NAME.search(os.path.basename(path)):
-            song = "m" + match[5]
-            if match[3] in TRAINING_CAMERAS and (song in TEST_SONGS) == (split == "test"):
-                videos.append({"path": path, "kind": "aist", "song": song, "prompts": aist_prompts(match[0])})
-    for path in walk(wild) if wild and split == "train" else ():
-        caption, text = os.path.splitext(path)[0] + ".txt", ""
-        if os.path.exists(caption):
-            with open(caption, encoding="utf-8", errors="replace") as file:
-                text = file.read().strip()
-        videos.append({"path": path, "kind": "wild", "song": path, "prompts": [text or WILD_PLAIN]})
-    return videos
+# Options that another start of a run may change: the adapter stays the same
+# fmt: off
+FREE = {
+    "data", "weights", "wild", "out", "min_size", "top", "device", "offload", "compile",
+    "save_every", "eval_every", "eval_clips", "eval_sigmas", "sample_every",
+}
+# fmt: on
 
 
-def walk(folder):
-    if not os.path.isdir(folder):
-        raise mi.InputError(f"no such folder: {folder}")
-    paths = (os.path.join(root, name) for root, _, names in os.walk(folder) for name in names)
-    return sorted(path for path in paths if path.lower().endswith((".mp4", ".mov", ".webm", ".mkv", ".avi")))
+def train(data, **given):
+    """Train an adapter on the videos in `data`; returns its path. given: fields of Options.
+
+    Raises musicinfuser.InputError.
+    """
+    options, outline = mi.begin(Options, "training", given)
+    complete(options, len(outline.blocks))
+    defaults = asdict(mi.settle(Options, outline.config.training, {}))
+    with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
+        samples, held_out = prepare_data(data, options, outline.config, workers)
+        run.begin(identity(data, options, samples), defaults)
+        dit = load_model(options, samples)
+        trainer = Trainer(options, dit, samples, held_out, run, workers)
+        start = trainer.resume()
+        for step in workers.progress(start, options.steps):
+            trainer.step(step)
+    if workers.first:
+        print(f"{run.adapter}: peak memory {mi.peak_memory(options.device):.2f} GB")
+    return run.adapter
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The cache: latents and music of every clip, features of every text, computed once and kept beside the data
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Check: what the dataclass cannot
+# ------------------------------------------------------------------------------------------------
 
 
-def digest(*parts):
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+def complete(options, depth):
+    """Fill in what follows from other options, in place. Raises InputError."""
+    twentieth = max(options.steps // 20, 1)
+    if options.warmup is None:
+        options.warmup = twentieth
+    if options.half_life is None:
+        options.half_life = twentieth
+    if not all(0 <= sigma <= 1 for sigma in options.eval_sigmas):
+        raise mi.InputError(f"--eval-sigmas must be from 0 to 1, not {options.eval_sigmas}")
+    if options.min_size and len(options.min_size) != 2:
+        raise mi.InputError("--min-size takes two numbers, such as 240 426")
+    options.layers = pick_layers(options.layers, depth, options.weights, options.top)
 
 
-def file_digest(path, index):
-    """Of a file's content; `index` remembers it for as long as the file's size and date stay."""
-    state = os.stat(path)
-    key = f"{os.path.abspath(path)} {state.st_size} {state.st_mtime_ns}"
-    if key not in index:
-        with open(path, "rb") as file:
-            index[key] = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    return index[key]
+def pick_layers(choice, depth, weights, top=None):
+    """The blocks that music follows: numbers, a name, a ranking's file; None: the weights' own."""
+    if top is not None and top > depth:
+        raise mi.InputError(f"--top must be from 1 to {depth}, not {top}")
+    if choice is None:
+        choice = default_layers(depth, weights)
+    if choice in ("even", "first", "middle", "last"):
+        return mi.choose_layers(choice, depth, top)
+    if isinstance(choice, str) and choice.endswith(".json"):
+        return sorted(read_ranking(choice, depth)[: top or round(depth / 3)])
+    if top is not None:
+        raise mi.InputError("--top goes with a ranking, even, first, middle or last")
+    if choice == "all":
+        return list(range(depth))
+    if isinstance(choice, str):
+        choice = numbers_in(choice)
+    mi.check_layers(list(choice), depth)
+    return list(choice)
 
 
-def folder_digest(folder, index):
-    if not os.path.isdir(folder):
-        raise mi.InputError(f"no such folder: {folder}")
-    paths = (os.path.join(folder, name) for name in sorted(os.listdir(folder)))
-    return digest(*(file_digest(path, index) for path in paths if os.path.isfile(path)))  # hf leaves a .cache/
+def numbers_in(text):
+    if not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+        names = "numbers such as 0,3,6, a ranking's file, even, first, middle, last or all"
+        raise mi.InputError(f"--layers {text}: give {names}")
+    return [int(number) for number in text.split(",")]
 
 
-def read_entry(path, *names):
-    """The tensors of a cache entry, or None where it is not there or damaged, to be made again."""
+def default_layers(depth, weights):
+    """A ranking beside the weights, else the authors' sixteen for Mochi."""
+    ranking = os.path.join(weights, "adaptability.json")
+    if os.path.exists(ranking):
+        return ranking
+    if depth == mi.MODELS["mochi"]["depth"]:
+        return mi.MUSICINFUSER_LAYERS
+    raise mi.InputError(f"there is no {ranking}; name --layers, such as all or 0,3,6")
+
+
+def read_ranking(path, depth):
+    """The layers, best first, of a file of adaptability.py. Raises InputError for any other."""
+    if not os.path.isfile(path):
+        raise mi.InputError(f"no such file: {path}")
     try:
-        tensors, _ = mi.read_safetensors(path)
-    except mi.InputError:
-        return None
-    return tensors if all(name in tensors for name in names) else None
+        with open(path, encoding="utf-8") as file:
+            ranking = json.load(file)["ranking"]
+        if sorted(ranking) != list(range(depth)):
+            raise ValueError(f"it does not rank the layers 0 to {depth - 1}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise mi.InputError(f"{path} is not a ranking of this model's layers ({error})") from error
+    return ranking
 
 
-def read_json(path, kind):
-    """A file of the cache, or None where it is not there or damaged, to be made again."""
-    try:
-        with open(path) as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return value if isinstance(value, kind) else None
+# ------------------------------------------------------------------------------------------------
+# Prepare: the processes, the data, the model
+# ------------------------------------------------------------------------------------------------
 
 
-def clip_starts(frames, length, key):
-    """Where the clips of a video begin, in frames: five a minute, at random, 5% of both ends left out."""
-    margin = round(0.05 * frames)
-    room = frames - 2 * margin - length
-    if room < 0:  # short, but whole clips count
-        return [(frames - length) // 2] if frames >= length else []
-    rng = random.Random(key)
-    return sorted({rng.randint(margin, margin + room) for _ in range(math.ceil(5 * frames / 30 / 60))})
+class Workers:
+    """The processes that torchrun started, or this one alone."""
+
+    def __init__(self, options):
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.first = os.environ.get("RANK", "0") == "0"
+        self.rank = 0
+        if self.count > 1:
+            self.join(options)
+
+    def join(self, options):
+        if "LOCAL_RANK" not in os.environ:
+            raise mi.InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
+        backend = "gloo"
+        if options.device == "cuda":
+            backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+            torch.cuda.set_device(options.device)
+        # The others wait while the first makes the cache
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        self.rank = dist.get_rank()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        if self.count > 1 and kind is None:  # else torchrun ends the others
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def once(self, function, *arguments):
+        """The result of a function that the first process calls for all."""
+        result = [function(*arguments) if self.first else None]
+        if self.count > 1:
+            dist.broadcast_object_list(result)
+        return result[0]
+
+    def begin_alike(self, parameters):
+        if self.count > 1:
+            for p in parameters:
+                dist.broadcast(p.data, 0)
+
+    def average_gradients(self, parameters):
+        """Where a parameter has no gradient, it has none in any process: silence is drawn alike."""
+        for p in parameters:
+            if self.count > 1 and p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= self.count
+
+    def progress(self, start, steps):
+        hidden = not self.first
+        return tqdm(range(start, steps), "training", steps, initial=start, disable=hidden)
 
 
-def cached_clips(videos, folder, weights, size, length, fps, device, dtype):
-    """[{entry, kind, song, path, start, prompts}]: latents and audio tokens of all clips, made where they are not."""
-    os.makedirs(folder, exist_ok=True)
-    index_path = os.path.join(folder, "index.json")
-    index = read_json(index_path, dict) or {}
-    models = digest(file_digest(os.path.join(weights, "encoder.safetensors"), index),
-                    folder_digest(os.path.join(weights, "audio_encoder"), index), size, length, fps)  # fmt: skip
-    clips, failed, encoder, listen = [], [], None, None
-    for video in tqdm(videos, "reading the videos", unit="video", mininterval=1):
-        try:
-            key = digest(file_digest(video["path"], index), models, video["kind"])
-            listing = os.path.join(folder, f"{key}.json")
-            starts = read_json(listing, list)
-            entries = lambda: [os.path.join(folder, f"{key}-{start}.safetensors") for start in starts]  # noqa: E731
-            if starts is None or any(read_entry(e, "mean", "logvar", "audio") is None for e in entries()):
-                encoder = encoder or mi.load_encoder(os.path.join(weights, "encoder.safetensors"), device, dtype)
-                listen = listen or mi.AudioEncoder(weights, device)
-                crop = AIST_CROP if video["kind"] == "aist" else None
-                if starts is None:
-                    count = mi.count_frames(video["path"], fps)
-                    starts = clip_starts(count, length, key)
-                    if not starts:
-                        raise mi.InputError(f"{video['path']} has {count} frames, fewer than a clip's {length}")
-                wanted = dict(zip(starts, entries()))
-                for start, frames in cut(mi.read_frames(video["path"], *size, fps, crop), starts, length):
-                    waveform, heard = mi.music_window(video["path"], length, fps, start / fps)
-                    with torch.no_grad():
-                        mean, logvar = encoder(frames.to(device))
-                    entry = {"mean": mean[0], "logvar": logvar[0], "audio": listen(waveform)[0]}
-                    mi.save_safetensors(wanted[start], entry)
-                starts = [start for start in starts if os.path.exists(wanted[start])]  # it may end before it says
-                if not starts:
-                    raise mi.InputError(f"{video['path']} ends before its first clip does")
-                mi.save_json(listing, starts)
-        except mi.InputError as error:
-            failed.append(str(error))
-            continue
-        clips += [video | {"entry": e, "start": start} for e, start in zip(entries(), starts)]
-    mi.save_json(index_path, index)
-    for error in failed:
-        print(f"skipped  {error}")
-    if failed:
-        print(f"skipped  {len(failed)} of {len(videos)} videos")
-    return clips
+def prepare_data(data, options, config, workers):
+    """Samples to train on, and the clips held out; one process computes what is computed once."""
+    if workers.first:
+        mi.print_options(options)
+    folder = os.path.join(data, ".musicinfuser")
+    clips, held_out, texts = workers.once(preprocess, data, folder, options, config)
+    if not clips:
+        where = f"no AIST video of cameras c01 and c10 to train on below {data}"
+        raise mi.InputError(f"{where}, and no --wild video")
+    return Samples(folder, clips, texts, config, options), held_out
 
 
-def cut(frames, starts, length):
-    """(start, video (1,3,length,H,W) in [-1,1]) for every start, in one pass over the frames."""
-    parts = {start: [] for start in starts}
-    for i, frame in enumerate(frames):
-        for start in [start for start in parts if start <= i]:
-            parts[start].append(torch.from_numpy(frame))
-            if len(parts[start]) == length:
-                yield start, torch.stack(parts.pop(start)).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+def preprocess(data, folder, options, config):
+    training, test = find_videos(data, options.wild), find_videos(data, split="test")
+    video = mi.settle(mi.SamplingOptions, config.sampling, {})
+    shape, dtype = (video.size, video.frames, config.fps), mi.DTYPES[options.dtype]
+    where = options.device, dtype, options.min_size
+    preprocessor = Preprocessor(folder, options.weights, *shape, *where)
+    clips, held_out = preprocessor.clips(training), preprocessor.clips(test)
+    texts = preprocessor.texts_of(clips) if clips else {}
+    return clips, held_out, texts
 
 
-def cached_texts(texts, folder, weights, device, dtype):
-    """{text: (y_feat (L, D_text), y_mask (L,))} for all texts."""
-    models = digest(folder_digest(os.path.join(weights, "text_encoder"), {}), str(dtype))
-    paths = {text: os.path.join(folder, f"text-{digest(models, text)}.safetensors") for text in texts}
-    missing = [text for text in texts if read_entry(paths[text], "y_feat") is None]
-    features = mi.encode_text(weights, tqdm(missing, "reading the texts"), device, dtype) if missing else []
-    for text, (y_feat, y_mask) in zip(missing, features):
-        mi.save_safetensors(paths[text], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
-    return {text: mi.read_safetensors(path)[0] for text, path in paths.items()}
+def load_model(options, samples):
+    """The frozen transformer with a fresh adapter, or that of --init, to train."""
+    path = os.path.join(options.weights, "dit.safetensors")
+    dit = mi.load_dit(path, options.device, mi.DTYPES[options.dtype], options.offload)
+    adapter = {f.name: getattr(options, f.name) for f in fields(mi.AdapterOptions)}
+    example = samples.batch([0], 0)
+    torch.manual_seed(options.seed)
+    mi.infuse(dit, **adapter, audio_width=example.conditions["audio"].shape[-1])
+    if options.init:
+        copy_adapter(dit, options.init)
+    if options.compile:
+        mi.compile_blocks(dit)
+    if checkpoints(options, dit, example):
+        mi.checkpoint_layers(dit)
+    return dit
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Batches and the loss
-# ------------------------------------------------------------------------------------------------------------------
+def copy_adapter(dit, path):
+    tensors, _ = mi.read_safetensors(path)
+    parameters = mi.adapter_parameters(dit)
+    shapes = {name: p.shape for name, p in parameters.items()}
+    mi.check_names(path, {name: tensor.shape for name, tensor in tensors.items()}, shapes)
+    for name, p in parameters.items():
+        p.data.copy_(tensors[name])
 
 
-class Data:
-    """Clips as batches. What the n-th sample of a run is follows from the seed and n alone."""
-
-    def __init__(self, clips, texts, natural, settings):
-        self.kinds = {kind: [clip for clip in clips if clip["kind"] == kind] for kind in ("aist", "wild")}
-        self.texts, self.natural, self.settings = texts, natural, settings
-
-    def choose(self, n):
-        """(clip, prompt, generator) of sample n: the kinds mixed at the ratio, within one a clip at most once an epoch."""
-        s = self.settings
-        rng = random.Random(f"{s['seed']} {n}")
-        wild = self.kinds["wild"] and (not self.kinds["aist"] or rng.random() < s["wild_ratio"] / (1 + s["wild_ratio"]))
-        clips = self.kinds["wild" if wild else "aist"]
-        order = list(range(len(clips)))
-        random.Random(f"{s['seed']} epoch {n // len(clips)}").shuffle(order)
-        clip = clips[order[n % len(clips)]]
-        plain = WILD_PLAIN if wild else PLAIN
-        prompt = plain if rng.random() < s["base_prompt_ratio"] else rng.choice(clip["prompts"])
-        if rng.random() < s["caption_dropout"]:
-            prompt = None
-        return clip, prompt, torch.Generator().manual_seed(rng.getrandbits(48))
-
-    def batch(self, numbers, step):
-        """z, sigma, eps, y_feat, y_mask, audio and the clips' names for the samples of these numbers."""
-        rows, names = [], []
-        for n in numbers:
-            clip, prompt, generator = self.choose(n)
-            entry = mi.read_safetensors(clip["entry"])[0]
-            z = entry["mean"] + (entry["logvar"] / 2).exp() * torch.randn(entry["mean"].shape, generator=generator)
-            sigma = mi.beta_uniform(step, 1, self.settings["beta"], self.settings["half_life"], generator)
-            text = self.texts[PLAIN if prompt is None else prompt]
-            y_mask = text["y_mask"] & (prompt is not None)
-            rows.append(
-                (z, sigma[0], torch.randn(z.shape, generator=generator), text["y_feat"], y_mask, entry["audio"])
-            )
-            names.append(f"{clip['path']} at frame {clip['start']}")
-        return *collate(rows, self.natural), names
+def activations(options, dit, example):
+    """Bytes, about, that the backward pass through one block needs."""
+    _, _, t, h, w = example.z.shape
+    tokens = options.batch * t * h * w // dit.patch**2
+    return 40 * tokens * dit.width * mi.DTYPES[options.dtype].itemsize
 
 
-def collate(rows, natural):
-    z, sigma, eps, y_feat, y_mask, audio = zip(*rows)
-    y_feat = torch.nn.utils.rnn.pad_sequence(y_feat, batch_first=True)
-    y_mask = torch.nn.utils.rnn.pad_sequence(y_mask, batch_first=True)
-    z = mi.to_dit_space(torch.stack(z), natural.mean, natural.std)  # the official trainer leaves this out
-    return z, torch.stack(sigma), torch.stack(eps), y_feat, y_mask, torch.stack(audio)
+def checkpoints(options, dit, example):
+    """Checkpointing costs a third of the speed, so not where it would save little."""
+    return options.offload or len(dit.blocks) * activations(options, dit, example) > 2e9
 
 
-@torch.no_grad()
-def listening_gap(dit, held_out, device, batch=1, sigmas=(0.25, 0.5, 0.75, 0.9)):
-    """Loss on held_out_rows with their own song and with another's, at each sigma, the same noise throughout."""
-    z, _, eps, y_feat, y_mask, audio, other = (tensor.to(device) for tensor in held_out)
-    losses = {}
-    for s in sigmas:
-        sigma = torch.full((len(z),), s, device=device)
-        for name, song in (("right", audio), ("wrong", other)):
-            rows = zip(*(tensor.split(batch) for tensor in (z, sigma, eps, y_feat, y_mask, song)))
-            parts = [mi.flow_matching_loss(dit, *row) for row in rows]
-            losses[f"{name}_{s}"] = torch.cat(parts).mean().item()
-    return losses
+def memory(options, dit, example):
+    """Bytes, about, that training takes on its device."""
+    depth, block = len(dit.blocks), activations(options, dit, example)
+    frozen = sum(p.numel() for p in dit.parameters() if not p.requires_grad)
+    if options.offload:  # a block at a time, or the next one too
+        in_blocks = sum(p.numel() for p in dit.blocks.parameters() if not p.requires_grad)
+        there = 1 if options.device == "cpu" else 2
+        frozen -= in_blocks * (depth - there) // depth
+    trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
+    if checkpoints(options, dit, example):
+        kept = block + depth * block / 40  # one, and the inputs of all
+    else:
+        kept = depth * block
+    # A trained number is float32, and so are its gradient and its two moments
+    return frozen * mi.DTYPES[options.dtype].itemsize + 16 * trained + kept
 
 
-def held_out_rows(clips, texts, natural, seed, count=16):
-    """A batch of clips of the test songs, one song after another, and another song for each; None for fewer than two."""
-    rows, songs = [], sorted({clip["song"] for clip in clips})
-    if len(songs) < 2:
-        return None
-    by_song = [[clip for clip in clips if clip["song"] == song] for song in songs]
-    chosen = [group[i] for i in range(count) for group in by_song if i < len(group)][:count]
-    for i, clip in enumerate(chosen):
-        generator, entry = torch.Generator().manual_seed(seed * 1000 + i), mi.read_safetensors(clip["entry"])[0]
-        text = texts[PLAIN]
-        eps = torch.randn(entry["mean"].shape, generator=generator)
-        rows.append((entry["mean"], torch.tensor(0.0), eps, text["y_feat"], text["y_mask"], entry["audio"]))
-    batch, n = collate(rows, natural), len(rows)
-    other = [next(j for j in range(i - 1, i - n, -1) if chosen[j]["song"] != chosen[i]["song"]) for i in range(n)]
-    return *batch, batch[-1][other]
+# ------------------------------------------------------------------------------------------------
+# Step
+# ------------------------------------------------------------------------------------------------
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Training
-# ------------------------------------------------------------------------------------------------------------------
+class Trainer:
+    def __init__(self, options, dit, samples, held_out_clips, run, workers):
+        self.options, self.dit, self.samples = options, dit, samples
+        self.run, self.workers = run, workers
+        self.held_out_clips = held_out_clips
+        self.held_out = samples.held_out(held_out_clips, options.eval_clips)
+        self.parameters = list(mi.adapter_parameters(dit).values())
+        self.optimiser = torch.optim.AdamW(self.parameters, options.lr, weight_decay=0.0)
+
+    def resume(self):
+        """The step to go on from: that of the last save, or 0."""
+        start = self.run.load(self.dit, self.optimiser)
+        self.workers.begin_alike(self.parameters)
+        if self.workers.first:
+            self.report(start)
+        if start == self.options.steps and self.workers.first:
+            mi.save_adapter(self.dit, self.run.adapter)  # which may be gone, or damaged
+        return start
+
+    def report(self, start):
+        clips, fps = self.samples.clips, self.dit.config.fps
+        example = self.samples.batch([0], 0)
+        _, _, t, h, w = example.z.shape
+        frames = 6 * (t - 1) + 1
+        songs = len({clip.video.song for clip in clips})
+        trained = sum(p.numel() for p in self.parameters)
+        size = memory(self.options, self.dit, example) / 1e9
+        print(f"video    {8 * h}x{8 * w}, {frames} frames at {fps} fps")
+        print(
+            f"data     {len(clips)} clips, {len(clips) * frames / fps / 3600:.2f} hours, ", end=""
+        )
+        print(f"{songs} songs; {len(self.held_out_clips)} clips of test songs held out")
+        print(f"adapter  layers {self.options.layers}, {trained:,} parameters to train; ", end="")
+        print(f"about {size:.1f} GB in all")
+        if start:
+            print(f"going on from step {start}")
+
+    def step(self, step):
+        began = time.time()
+        losses = self.gradients(step)
+        line = {"step": step, "loss": mean(loss for _, loss in losses)}
+        line |= self.update(step) | by_noise(losses) | {"seconds": time.time() - began}
+        if not self.workers.first:
+            return
+        if self.held_out and self.is_due(step, self.options.eval_every):
+            line |= self.evaluate()
+        self.run.log(line | {"memory_gb": mi.peak_memory(self.options.device)})
+        if self.is_due(step, self.options.save_every):
+            self.save(step + 1)
+        every = self.options.sample_every
+        if every and (step + 1) % every == 0 and self.held_out_clips:
+            self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
+
+    def is_due(self, step, every):
+        return (step + 1) % every == 0 or step + 1 == self.options.steps
+
+    def gradients(self, step):
+        """The gradient of a step in the parameters' .grad; returns [(sigma, loss)]."""
+        losses = []
+        for micro in range(self.options.accumulate):
+            batch = self.batch(step, micro)
+            noised = batch.z, batch.sigma, batch.eps
+            loss = mi.flow_matching_loss(self.dit, *noised, **batch.conditions)
+            self.check_finite(loss, f"the loss at step {step}, on {'; '.join(batch.names)}")
+            if loss.requires_grad:  # else it is silent, and there is no LoRA
+                (loss.mean() / self.options.accumulate).backward()
+            losses += zip(batch.sigma.tolist(), loss.tolist(), strict=True)
+        self.workers.average_gradients(self.parameters)
+        return losses
+
+    def batch(self, step, micro):
+        """This process's share of a step; the same samples as one process would take in turn."""
+        size, workers = self.options.batch, self.workers
+        part = (step * self.options.accumulate + micro) * workers.count + workers.rank
+        batch = self.samples.batch(range(part * size, (part + 1) * size), step)
+        # Drawn alike in all processes, or one would wait for the gradients of another
+        rng = random.Random(f"{self.options.seed} silent {step * self.options.accumulate + micro}")
+        if rng.random() < self.options.audio_dropout:
+            del batch.conditions["audio"]
+        return batch.to(self.options.device)
+
+    def update(self, step):
+        lr = learning_rate(step, self.options.steps, self.options.lr, self.options.warmup)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self.check_finite(norm, f"the gradient at step {step}")
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+        return {"lr": lr, "grad_norm": norm.item()}
+
+    def evaluate(self):
+        """Does it listen? Losses on held-out clips, and what they cost."""
+        began, o = time.time(), self.options
+        batch, wrong = self.held_out
+        wrong = replace(batch, conditions=wrong).to(o.device)
+        losses = listening_gap(
+            self.dit, batch.to(o.device), wrong.conditions, o.eval_sigmas, o.batch
+        )
+        return losses | {"eval_seconds": time.time() - began}
+
+    def save(self, step):
+        for name, p in mi.adapter_parameters(self.dit).items():
+            self.check_finite(p, f"{name} after step {step - 1}")
+        self.run.save(self.dit, self.optimiser, step)
+
+    def check_finite(self, tensor, what):
+        if tensor.isfinite().all():
+            return
+        last = "nothing was saved"
+        if os.path.exists(self.run.state):
+            last = f"the last good checkpoint is {self.run.state}"
+        raise mi.InputError(f"not finite: {what}; {last}; a lower --lr may help")
+
+    def film(self, clip, path):
+        """A video of the plain prompt, to a held-out clip's music."""
+        dit, o = self.dit, self.options
+        how = mi.settle(mi.SamplingOptions, dit.config.sampling, {})
+        noise = mi.noise_for(0, dit.config, how.frames, how.size).to(o.device)
+        given = self.samples.conditions(clip, PLAIN)
+        given = {name: tensor[None].to(o.device) for name, tensor in given.items()}
+        text = given["y_feat"], given["y_mask"]
+        null = given["y_feat"], torch.zeros_like(given["y_mask"])
+        file = os.path.join(o.weights, "decoder.safetensors")
+        decoder = mi.load_decoder(file, o.device, mi.DTYPES[o.dtype])
+        (video,) = mi.noise_to_video(dit, decoder, noise, text, null, given["audio"], how)
+        fps = dit.config.fps
+        mi.save_video(path, video, fps, clip.video.path, clip.start / fps)
 
 
 def learning_rate(step, steps, peak, warmup):
@@ -300,294 +436,196 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def pick_layers(choice, depth, weights, top):
-    """--layers: numbers, a ranking file, a name; None: the weights folder's ranking, else the authors' for Mochi."""
-    if top is not None and not 1 <= top <= depth:
-        raise mi.InputError(f"--top must be from 1 to {depth}, not {top}")
-    if choice is None:
-        choice = os.path.join(weights, "adaptability.json")
-        if not os.path.exists(choice) and depth == 48:
-            return list(mi.MUSICINFUSER_LAYERS)
-        if not os.path.exists(choice):
-            raise mi.InputError(f"there is no {choice}; name --layers, such as all or 0,3,6")
-    if choice in ("even", "first", "middle", "last", "all"):
-        return mi.choose_layers(choice, depth, top)
-    if choice.endswith(".json"):
-        return sorted(read_ranking(choice, depth)[: top or round(depth / 3)])
-    if not re.fullmatch(r"\d+(,\d+)*", choice):
-        raise mi.InputError(
-            f"--layers {choice}: give numbers such as 0,3,6, a ranking file, even, first, middle, last or all"
-        )
-    layers = [int(number) for number in choice.split(",")]
-    mi.check_layers(layers, depth)
-    return layers
+def by_noise(losses):
+    """{loss_0.0, loss_0.25, ...}: the mean loss of each quarter of the noise levels."""
+    bins = {}
+    for sigma, loss in losses:
+        low = min(int(4 * sigma), 3) / 4
+        bins.setdefault(f"loss_{low}", []).append(loss)
+    return {name: mean(values) for name, values in sorted(bins.items())}
 
 
-def read_ranking(path, depth):
-    """The layers, best first, of a file of adaptability.py's. Raises InputError for any other."""
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+@torch.no_grad()
+def listening_gap(dit, batch, wrong, sigmas, at_once=1):
+    """{right_0.75, wrong_0.75, ...}: losses with the clips' own songs and with others'.
+
+    batch, wrong: of Samples.held_out. The noise is the same throughout.
+    """
+    losses = {}
+    for sigma in sigmas:
+        at = replace(batch, sigma=torch.full_like(batch.sigma, sigma))
+        losses[f"right_{sigma}"] = mean_loss(dit, at, at_once)
+        losses[f"wrong_{sigma}"] = mean_loss(dit, replace(at, conditions=wrong), at_once)
+    return losses
+
+
+def mean_loss(dit, batch, at_once):
+    losses = []
+    for i in range(0, len(batch.z), at_once):
+        rows = batch.rows(slice(i, i + at_once))
+        losses.append(mi.flow_matching_loss(dit, rows.z, rows.sigma, rows.eps, **rows.conditions))
+    return torch.cat(losses).mean().item()
+
+
+# ------------------------------------------------------------------------------------------------
+# The run folder
+# ------------------------------------------------------------------------------------------------
+
+
+def identity(data, options, samples):
+    """What a run is, by content where it is a file; kept in its config.json."""
+    config = {"data": data} | asdict(options)
+    if options.init:
+        config["init"] = content(options.init)
+    config["model"] = content(os.path.join(options.weights, "dit.safetensors"))
+    config["clips"] = f"{len(samples.clips)} clips, {samples.digest()[:16]}"
+    return json.loads(json.dumps(config))
+
+
+def content(path):
     if not os.path.isfile(path):
         raise mi.InputError(f"no such file: {path}")
-    try:
-        with open(path) as file:
-            ranking = json.load(file)["ranking"]
-        if sorted(ranking) != list(range(depth)):
-            raise ValueError(f"it does not rank the layers 0 to {depth - 1}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise mi.InputError(f"{path} is not a ranking of this model's layers ({error})") from error
-    return ranking
+    return mi.model_digest(path)[:16]
 
 
-class Run:
-    """A run folder: config.json, state.safetensors, musicinfuser.safetensors, log.jsonl."""
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
-    FREE = ("offload", "save_every", "eval_every", "sample_every")  # options that do not change the adapter
 
-    def __init__(self, folder, config):
-        self.folder, self.config = folder, config
-        path = self.path("config.json")
-        if os.path.exists(self.path("state.safetensors")):
-            old = read_json(path, dict) or {}
-            changed = sorted(k for k in {*old, *config} if k not in self.FREE and old.get(k) != config.get(k))
-            if changed:
-                raise mi.InputError(f"{folder} holds a run with another {', '.join(changed)}; name another --out")
-        os.makedirs(folder, exist_ok=True)
-        mi.save_json(path, config)
+class RunFolder:
+    """config.json, state.safetensors, musicinfuser.safetensors, log.jsonl; one process's at a time."""
+
+    def __init__(self, folder, first):
+        self.folder, self.first = folder, first
+        self.adapter = self.path("musicinfuser.safetensors")
+        self.state = self.path("state.safetensors")
 
     def path(self, name):
         return os.path.join(self.folder, name)
 
+    def __enter__(self):
+        if self.first:
+            self.lock()
+            clear_temporaries(self.folder)
+        return self
+
+    def __exit__(self, *_):
+        if self.first:
+            os.close(self.handle)
+
+    def lock(self):
+        """The system lets go of it however this process ends."""
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            self.handle = os.open(self.folder, os.O_RDONLY)
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(self.handle)
+            busy = f"another train.py is at work in {self.folder}"
+            raise mi.InputError(f"{busy}; wait for it, or name another --out") from error
+        except OSError as error:
+            raise mi.InputError(f"cannot use {self.folder}: {error.strerror}") from error
+
+    def begin(self, config, defaults):
+        """Go on only with the same run; what an older one did not know had its default."""
+        if not self.first:
+            return
+        if os.path.exists(self.state):
+            old = json.loads(json.dumps(defaults)) | self.read_config()
+            for name, value in config.items():
+                if name not in FREE and old.get(name) != value:
+                    other = f"{name} {old.get(name)}, not {value}"
+                    raise mi.InputError(f"{self.folder} has a run of {other}; name another --out")
+        mi.save_json(self.path("config.json"), config)
+
+    def read_config(self):
+        path = self.path("config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                config = json.load(file)
+            if not isinstance(config, dict):
+                raise ValueError("no object")
+        except (OSError, ValueError, RecursionError) as error:
+            raise mi.InputError(f"{path} cannot be read ({error}); name another --out") from error
+        return config
+
     def save(self, dit, optimiser, step):
-        parameters = mi.adapter_parameters(dit)
-        state = {f"parameter.{k}": p for k, p in parameters.items()}
-        for k, p in parameters.items():
-            state |= {f"{key}.{k}": value for key, value in optimiser.state.get(p, {}).items()}
-        mi.save_adapter(dit, self.path("musicinfuser.safetensors"))
-        mi.save_safetensors(self.path("state.safetensors"), state, {"step": str(step)})  # last: what is there is whole
+        state = {}
+        for name, p in mi.adapter_parameters(dit).items():
+            state[f"parameter.{name}"] = p
+            for moment, value in optimiser.state.get(p, {}).items():
+                state[f"{moment}.{name}"] = value
+        mi.save_adapter(dit, self.adapter)
+        mi.save_safetensors(self.state, state, {"step": str(step)})  # last: what is there is whole
 
     def load(self, dit, optimiser):
         """Back to the last save; returns its step, 0 for a new run."""
         step = 0
-        if os.path.exists(self.path("state.safetensors")):
-            tensors, metadata = mi.read_safetensors(self.path("state.safetensors"))
-            step = int(metadata["step"])
-            for k, p in mi.adapter_parameters(dit).items():
-                p.data.copy_(tensors[f"parameter.{k}"])
-                if f"exp_avg.{k}" in tensors:  # absent for a parameter that never had a gradient
-                    moments = {key: tensors[f"{key}.{k}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-                    optimiser.state[p] = {key: t if key == "step" else t.to(p.device) for key, t in moments.items()}
-        lines = open(self.path("log.jsonl")).read().splitlines() if os.path.exists(self.path("log.jsonl")) else []
-        whole = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < step]
-        with mi.written_whole(self.path("log.jsonl")) as temporary, open(temporary, "w") as file:
-            file.writelines(line + "\n" for line in whole)
+        if os.path.exists(self.state):
+            step = self.load_state(mi.adapter_parameters(dit), optimiser)
+        if self.first:
+            self.cut_log(step)
         return step
 
+    def load_state(self, parameters, optimiser):
+        tensors, metadata = mi.read_safetensors(self.state)
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        mi.check_names(self.state, shapes, self.shapes_of_state(parameters, tensors))
+        if not re.fullmatch(r"\d{1,18}", metadata.get("step", "")):
+            raise mi.InputError(f"{self.state} does not say its step; delete {self.folder}")
+        for name, p in parameters.items():
+            p.data.copy_(tensors[f"parameter.{name}"])
+            if f"exp_avg.{name}" in tensors:
+                moments = {m: tensors[f"{m}.{name}"].to(p.device, copy=True) for m in MOMENTS}
+                optimiser.state[p] = moments | {"step": tensors[f"step.{name}"].clone()}
+        return int(metadata["step"])
+
+    def shapes_of_state(self, parameters, tensors):
+        shapes = {}
+        for name, p in parameters.items():
+            shapes[f"parameter.{name}"] = p.shape
+            if f"exp_avg.{name}" in tensors:  # absent from one that never had a gradient
+                shapes |= {f"{m}.{name}": p.shape for m in MOMENTS} | {f"step.{name}": ()}
+        return shapes
+
+    def cut_log(self, step):
+        """Leave out the steps after the last save, which come again, and a line cut short."""
+        path, whole = self.path("log.jsonl"), []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                whole = [line for line in file if step_of(line) < step]
+        with mi.written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(whole)
+
     def log(self, line):
-        with open(self.path("log.jsonl"), "a") as file:
+        with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
 
-OPTIONS = {  # name: (default, type, help); a default of None follows from the model or from --steps
-    "wild": (None, str, "folder of other dance videos, a caption in a .txt beside each"),
-    "wild_ratio": (1.0, float, "of them for each of --data's"),
-    "weights": (None, str, "folder; default: weights/ if it holds a model, else tiny/"),
-    "out": ("runs/musicinfuser", str, "run folder; the same command goes on where it stopped"),
-    "steps": (4000, int, "optimiser steps"),
-    "batch": (1, int, "clips at once"),
-    "accumulate": (1, int, "batches a step"),
-    "lr": (1e-4, float, "AdamW's peak learning rate"),
-    "warmup": (None, int, "steps to the peak; default: a twentieth of --steps"),
-    "layers": (None, str, "numbers such as 0,3,6, a ranking file, even, first, middle, last or all"),
-    "top": (None, int, "how many layers of a ranking or a named choice; default: a third"),
-    "adapter": ("zica", str, "or add: feature addition instead of cross-attention"),
-    "window": (None, int, "latent frames either side that a frame hears; default: all"),
-    "rank": (64, int, "of LoRA; 0: none"),
-    "random_init": (False, bool, "no zero initialisation"),
-    "init": (None, str, "an adapter of the same shapes to begin from; default: a fresh one"),
-    "beta": (3.0, float, "Beta-Uniform noise begins at Beta(1, beta); 1: uniform throughout"),
-    "half_life": (None, float, "steps in which it comes half-way to uniform; default: a twentieth of --steps"),
-    "base_prompt_ratio": (0.2, float, "how often the plain prompt replaces the clip's own"),
-    "caption_dropout": (0.1, float, "how often there is no prompt"),
-    "audio_dropout": (0.0, float, "how often a batch has no music"),
-    "save_every": (500, int, "steps"),
-    "eval_every": (100, int, "steps between losses on held-out clips with the right and a wrong song"),
-    "sample_every": (0, int, "steps between videos of a held-out song; 0: none"),
-    "seed": (42, int, "of everything"),
-    "device": (None, str, "default: cuda if there is one"),
-    "dtype": (None, str, "of the frozen model: float32 or bfloat16, the default on a GPU"),
-    "offload": (False, bool, "keep the frozen blocks in host memory, or in their file"),
-    "compile": (False, bool, "compile the blocks"),
-}
-
-
-def train(data, **options):
-    """Train an adapter on the videos in `data`; returns the path of the adapter. Options: see OPTIONS.
-
-    Raises musicinfuser.InputError.
-    """
-    settings = {name: default for name, (default, *_) in OPTIONS.items()} | options
-    for name in ("warmup", "half_life"):
-        settings[name] = max(settings["steps"] // 20, 1) if settings[name] is None else settings[name]
-    settings["weights"] = weights = settings["weights"] or mi.default_weights()
-    for name in ("steps", "batch", "accumulate", "beta", "half_life", "lr", "save_every", "eval_every"):
-        if not settings[name] > 0:
-            raise mi.InputError(f"--{name.replace('_', '-')} must be more than 0, not {settings[name]}")
-    for name in ("warmup", "rank", "wild_ratio", "sample_every", "window"):
-        if settings[name] is not None and not settings[name] >= 0:
-            raise mi.InputError(f"--{name.replace('_', '-')} must not be negative, as {settings[name]}")
-    for name in ("base_prompt_ratio", "caption_dropout", "audio_dropout"):
-        if not 0 <= settings[name] <= 1:
-            raise mi.InputError(f"--{name.replace('_', '-')} must be from 0 to 1, not {settings[name]}")
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    device, dtype = mi.choose_device(settings["device"], settings["dtype"])
-    if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        patience = datetime.timedelta(days=7)  # the others wait while the first makes the cache
-        dist.init_process_group("gloo" if device == "cpu" else "nccl", timeout=patience)
-    say = print if rank == 0 else lambda *_: None
-
-    if settings["offload"] and world > 1:
-        raise mi.InputError("--offload trains in one process; leave out torchrun")
-    dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype, settings["offload"])
-    natural = dit.natural
-    mi.check_sizes(natural.frames, natural.height, natural.width)
-    layers = pick_layers(settings["layers"], len(dit.blocks), weights, settings["top"])
-    model = os.stat(os.path.join(weights, "dit.safetensors"))
-    model = {"dit.safetensors": [model.st_size, model.st_mtime_ns]}  # an adapter goes on only over its own model
-    run = Run(settings["out"], {"data": data} | settings | {"layers": layers} | model)
-    say(f"weights  {weights}")
-    say(f"device   {device}{f' x {world}' if world > 1 else ''}, {str(dtype).removeprefix('torch.')}, adapter float32")
-    say(f"video    {natural.height}x{natural.width}, {natural.frames} frames at {natural.fps} fps")
-
-    # Everything that is computed once: by the first process, then read by all
-    folder, size = os.path.join(data, ".musicinfuser"), (natural.height, natural.width)
-    if rank > 0:
-        dist.barrier()
-    arguments = folder, weights, size, natural.frames, natural.fps, device, dtype
-    clips = cached_clips(find_videos(data, settings["wild"]), *arguments)
-    held_out = cached_clips(find_videos(data, None, "test"), *arguments)
-    texts = {PLAIN, WILD_PLAIN} | {prompt for clip in clips for prompt in clip["prompts"]}
-    texts = cached_texts(sorted(texts), folder, weights, device, dtype)
-    if world > 1 and rank == 0:
-        dist.barrier()
-    if not clips:
-        raise mi.InputError(f"no AIST video of cameras c01 and c10 to train on below {data}, and no --wild video")
-    songs = len({clip["song"] for clip in clips})
-    hours = len(clips) * natural.frames / natural.fps / 3600
-    say(f"data     {len(clips)} clips, {hours:.2f} hours, {songs} songs; {len(held_out)} clips of test songs held out")
-
-    torch.manual_seed(settings["seed"])
-    audio_width = mi.read_safetensors(clips[0]["entry"])[0]["audio"].shape[-1]
-    mi.infuse(dit, layers, settings["rank"], settings["window"], heads=8 if settings["adapter"] == "zica" else 0,
-              audio_width=audio_width, zero_init=not settings["random_init"])  # fmt: skip
-    if settings["init"]:
-        tensors, fresh = mi.read_safetensors(settings["init"])[0], mi.adapter_parameters(dit)
-        mi.check_names(settings["init"], {k: t.shape for k, t in tensors.items()}, {k: p.shape for k, p in fresh.items()})
-        for k, p in fresh.items():
-            p.data.copy_(tensors[k])
-    if settings["compile"]:
-        mi.compile_blocks(dit)
-    parameters = list(mi.adapter_parameters(dit).values())
-    optimiser = torch.optim.AdamW(parameters, settings["lr"], weight_decay=0.0)
-    start = run.load(dit, optimiser)
-    trainable, frozen = (
-        sum(p.numel() for p in dit.parameters() if p.requires_grad is wanted) for wanted in (True, False)
-    )
-    tokens = settings["batch"] * ((natural.frames - 1) // 6 + 1) * natural.height * natural.width // 256
-    block = 40 * tokens * dit.width * dtype.itemsize  # about what the backward pass through one needs
-    # Checkpointing costs a third of the speed, so not where it would save little
-    dit.checkpointing = settings["offload"] or len(dit.blocks) * block > 2e9
-    kept = (len(dit.blocks) / 40 + 1 if dit.checkpointing else len(dit.blocks)) * block
-    memory = frozen * dtype.itemsize + 16 * trainable + kept
-    say(f"adapter  layers {layers}, {trainable:,} parameters to train, {frozen:,} frozen; about {memory / 1e9:.1f} GB")
-    if start:
-        say(f"going on from step {start}")
-
-    unused = settings["audio_dropout"] > 0
-    model = dit if world == 1 else torch.nn.parallel.DistributedDataParallel(dit, find_unused_parameters=unused)
-    samples = Data(clips, texts, natural, settings)
-    held_out_batch = held_out_rows(held_out, texts, natural, settings["seed"])
-    began, shown = time.time(), {}
-    bar = tqdm(range(start, settings["steps"]), "training", initial=start, total=settings["steps"], disable=rank > 0)
-    for step in bar:
-        losses, sigmas, last = [], [], time.time()
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(step, settings["steps"], settings["lr"], settings["warmup"])
-        for micro in range(settings["accumulate"]):
-            part = (step * settings["accumulate"] + micro) * world + rank
-            *batch, names = samples.batch(range(part * settings["batch"], (part + 1) * settings["batch"]), step)
-            z, sigma, eps, y_feat, y_mask, audio = (tensor.to(device) for tensor in batch)
-            silent = random.Random(f"{settings['seed']} silent {part}").random() < settings["audio_dropout"]
-            if world > 1:
-                model.require_backward_grad_sync = micro == settings["accumulate"] - 1
-            loss = mi.flow_matching_loss(model, z, sigma, eps, y_feat, y_mask, None if silent else audio)
-            if loss.requires_grad:  # else a silent batch without LoRA
-                (loss.mean() / settings["accumulate"]).backward()
-            losses += loss.tolist()
-            sigmas += sigma.tolist()
-            if not all(map(math.isfinite, losses)):
-                raise mi.InputError(f"the loss is not finite at step {step}, on {'; '.join(names)}; "
-                                    f"the last good checkpoint is {run.path('state.safetensors')}")  # fmt: skip
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        optimiser.step()
-        optimiser.zero_grad()
-        if rank > 0:
-            continue
-        line = {"step": step, "loss": sum(losses) / len(losses), "lr": group["lr"], "grad_norm": norm.item()}
-        for low in (0.0, 0.25, 0.5, 0.75):
-            bin_ = [
-                loss for loss, sigma in zip(losses, sigmas) if low <= sigma < low + 0.25 or sigma == low + 0.25 == 1
-            ]
-            line |= {f"loss_{low}": sum(bin_) / len(bin_)} if bin_ else {}
-        if held_out_batch and ((step + 1) % settings["eval_every"] == 0 or step + 1 == settings["steps"]):
-            line |= listening_gap(dit, held_out_batch, device, settings["batch"])
-            shown["gap"] = line["wrong_0.75"] - line["right_0.75"]
-        shown["loss"] = 0.95 * shown.get("loss", line["loss"]) + 0.05 * line["loss"]
-        bar.set_postfix_str(" ".join(f"{name} {value:.4f}" for name, value in shown.items()), refresh=False)
-        run.log(line | {"seconds": time.time() - last, "memory_gb": mi.peak_memory(device)})
-        if (step + 1) % settings["save_every"] == 0 or step + 1 == settings["steps"]:
-            run.save(dit, optimiser, step + 1)
-        if settings["sample_every"] and (step + 1) % settings["sample_every"] == 0 and held_out:
-            show(dit, held_out[0], texts, weights, device, dtype, run.path(f"step-{step + 1}.mp4"))
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-    say(
-        f"{run.path('musicinfuser.safetensors')}: {time.time() - began:.0f} s, peak memory {mi.peak_memory(device):.2f} GB"
-    )
-    return run.path("musicinfuser.safetensors")
-
-
-def show(dit, clip, texts, weights, device, dtype, path):
-    """A video of the plain prompt, to a held-out clip's music."""
-    n, entry = dit.natural, mi.read_safetensors(clip["entry"])[0]
-    text = tuple(texts[PLAIN][key][None].to(device) for key in ("y_feat", "y_mask"))
-    noise = torch.randn(entry["mean"][None].shape, generator=torch.Generator().manual_seed(0)).to(device)
-    z = mi.sample(dit, noise, text, (text[0], text[1] & False), entry["audio"][None].to(device),
-                  sigmas=mi.linear_quadratic_schedule(n.steps), cfg=n.cfg, music_cfg=n.music_cfg)  # fmt: skip
-    decoder = mi.load_decoder(os.path.join(weights, "decoder.safetensors"), device, dtype)
-    with torch.inference_mode():
-        mi.save_video(path, decoder(mi.to_vae_space(z, n.mean, n.std))[0], n.fps, clip["path"], clip["start"] / n.fps)
+def step_of(line):
+    """Of a line of the log; a damaged one comes after all others."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return math.inf
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Train a MusicInfuser adapter on a folder of dance videos.")
-    parser.add_argument("--data", required=True, help="folder of AIST videos; its cache is made in it")
+    parser = mi.parser_for(Options, "Train a MusicInfuser adapter on a folder of dance videos.")
+    parser.add_argument("--data", required=True, help="folder of AIST's videos; the cache is in it")
     parser.add_argument(
-        "--split", choices=("train", "test"), default="train", help="test: list what is held out, and stop"
+        "--split", choices=("train", "test"), default="train", help="test: list what is held out"
     )
-    for name, (default, kind, text) in OPTIONS.items():
-        how = {"action": "store_true"} if kind is bool else {"type": kind, "default": default}
-        if name in ("adapter", "dtype"):
-            how["choices"] = ("zica", "add") if name == "adapter" else list(mi.DTYPES)
-        shown = "" if default in (None, False) else f" (default {default})"
-        parser.add_argument("--" + name.replace("_", "-"), help=text + shown, **how)
-    options = vars(parser.parse_args())
-    if options.pop("split") == "test":
-        print("\n".join(video["path"] for video in find_videos(options["data"], None, "test")))
+    given = vars(parser.parse_args())
+    data, split = given.pop("data"), given.pop("split")
+    if split == "test":
+        print("\n".join(video.path for video in find_videos(data, None, "test")))
     else:
-        train(options.pop("data"), **options)
+        train(data, **given)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import musicinfuser as mi
 from dataset.aist import PLAIN
+from dataset.cache import Cache
 
 
 @dataclass
@@ -32,15 +33,24 @@ class Batch:
 class Samples:
     """The samples of a run. What the n-th is follows from the seed and n alone.
 
-    texts: {prompt: cache entry}, of Preprocessor.texts. config: the model's, whose mean and std are
+    folder: of the cache. texts: {prompt: its entry}, of Preprocessor.texts. config: the model's, whose mean and std are
     used. options: seed, wild_ratio, base_prompt_ratio, caption_dropout, beta, half_life.
     """
 
-    def __init__(self, cache, clips, texts, config, options):
-        self.cache, self.texts, self.config, self.options = cache, texts, config, options
+    def __init__(self, folder, clips, texts, config, options):
+        self.cache, self.clips, self.texts = Cache(folder), clips, texts
+        self.config, self.options = config, options
         self.kinds = {"aist": [], "wild": []}
         for clip in clips:
             self.kinds[clip.video.kind].append(clip)
+
+    def digest(self):
+        """Of all that a sample can be made of: latents, music, texts, by what made them."""
+        made_of = []
+        for clip in self.clips:
+            texts = [self.texts[prompt] for prompt in clip.video.prompts]
+            made_of.append([clip.latents, clip.music, clip.video.kind, *texts])
+        return mi.digest(made_of)
 
     def choose(self, n):
         """(clip, prompt or None, generator) of sample n."""

@@ -9,10 +9,23 @@ import json
 import os
 import re
 import zlib
+from contextlib import contextmanager
 
 import torch
 
 import musicinfuser as mi
+
+
+class CannotGoOn(mi.InputError):
+    """Not one video's fault: the disk is full, or an encoder is missing."""
+
+
+@contextmanager
+def for_all_videos():
+    try:
+        yield
+    except mi.InputError as error:
+        raise CannotGoOn(str(error)) from error
 
 
 class Cache:
@@ -32,7 +45,8 @@ class Cache:
 
     def write(self, name, tensors):
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        mi.save_safetensors(self.path(name), tensors, {"checksum": checksum(name, tensors)})
+        with for_all_videos():
+            mi.save_safetensors(self.path(name), tensors, {"checksum": checksum(name, tensors)})
         self.holds(name)  # reads it while it is at hand, so that the next run need not
 
     def read(self, name):

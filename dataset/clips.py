@@ -14,11 +14,12 @@ import torch
 from tqdm import tqdm
 
 import musicinfuser as mi
-from dataset.aist import Video
-from dataset.cache import Cache
+from dataset.aist import PLAIN, WILD_PLAIN, Video
+from dataset.cache import Cache, CannotGoOn, for_all_videos
 
 CROPS_PER_MINUTE = 5
 EDGE = 0.05  # of a video, left out at both ends
+TEXTS_AT_ONCE = 500  # kept before the next: a gigabyte of Mochi's
 
 
 @dataclass(frozen=True)
@@ -51,13 +52,15 @@ class Preprocessor:
 
     @cached_property
     def latents_made_by(self):
-        encoder = self.cache.digest_of(os.path.join(self.weights, "encoder.safetensors"))
+        with for_all_videos():
+            encoder = self.cache.digest_of(os.path.join(self.weights, "encoder.safetensors"))
         made_by = [encoder, version_of(mi.Encoder), str(self.dtype)]
         return [*made_by, self.size, self.frames, self.fps]
 
     @cached_property
     def music_made_by(self):
-        encoder = self.cache.digest_of_model(os.path.join(self.weights, "audio_encoder"))
+        with for_all_videos():
+            encoder = self.cache.digest_of_model(os.path.join(self.weights, "audio_encoder"))
         return [encoder, version_of(mi.AudioEncoder), self.frames, self.fps]
 
     @cached_property
@@ -70,12 +73,14 @@ class Preprocessor:
 
     @cached_property
     def encoder(self):
-        path = os.path.join(self.weights, "encoder.safetensors")
-        return mi.load_encoder(path, self.device, self.dtype)
+        with for_all_videos():
+            path = os.path.join(self.weights, "encoder.safetensors")
+            return mi.load_encoder(path, self.device, self.dtype)
 
     @cached_property
     def audio_encoder(self):
-        return mi.AudioEncoder(self.weights, self.device)
+        with for_all_videos():
+            return mi.AudioEncoder(self.weights, self.device)
 
     def clips(self, videos):
         """[Clip] of all videos; those that cannot be used are named and counted."""
@@ -83,6 +88,8 @@ class Preprocessor:
         for video in tqdm(videos, "reading the videos", unit="video", mininterval=1):
             try:
                 clips += self.clips_of(video)
+            except CannotGoOn:
+                raise
             except mi.InputError as error:
                 skipped.append(error)
         for error in skipped:
@@ -136,8 +143,8 @@ class Preprocessor:
     def check_size(self, video, size):
         """The authors too leave out what they would have to enlarge."""
         if any(have < least for have, least in zip(size, self.min_size)):
-            have, least = ("x".join(map(str, pair)) for pair in (size, self.min_size))
-            raise mi.InputError(f"{video.path} is {have}, smaller than {least} (--min-size {have})")
+            small = f"{size[0]}x{size[1]}, smaller than {self.min_size[0]}x{self.min_size[1]}"
+            raise mi.InputError(f"{video.path} is {small} (see --min-size)")
 
     def make_latents(self, clips):
         """Encode the pictures of the clips that lack them; returns the clips that have none."""
@@ -167,16 +174,24 @@ class Preprocessor:
                 raise mi.InputError(f"{clip.name}: the encoder's {name} is not finite")
         self.cache.write(entry, tensors)
 
+    def texts_of(self, clips):
+        """{prompt: the name of its entry} for all that clips can be described by."""
+        prompts = {prompt for clip in clips for prompt in clip.video.prompts}
+        return self.texts(sorted(prompts | {PLAIN, WILD_PLAIN}))
+
     def texts(self, prompts):
         """{prompt: the name of its entry}: y_feat (L, D_text) and y_mask (L,) of each."""
         made_by = self.text_made_by
         entries = {p: f"text-{mi.digest([p, *made_by])}.safetensors" for p in prompts}
         missing = [prompt for prompt, entry in entries.items() if not self.cache.holds(entry)]
-        if missing:
-            features = mi.encode_text(self.weights, missing, self.device)
-            progress = tqdm(features, "reading the texts", len(missing), mininterval=1)
-            for prompt, (y_feat, y_mask) in zip(missing, progress):
+        progress = tqdm(missing, "reading the texts", unit="text", mininterval=1)
+        for i in range(0, len(missing), TEXTS_AT_ONCE):
+            some = missing[i : i + TEXTS_AT_ONCE]
+            device = mi.text_device(self.weights, self.device)
+            features = mi.encode_text(self.weights, some, device)
+            for prompt, (y_feat, y_mask) in zip(some, features, strict=True):
                 self.cache.write(entries[prompt], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
+                progress.update()
         return entries
 
 
@@ -216,6 +231,6 @@ def cut(frames, starts, length):
 def video_size(path):
     """(height, width) of a video as it is shown, which may be on its side in the file."""
     first = ("-map", "0:v:0", "-frames:v", 1, "-f", "image2pipe", "-c:v", "pgm", "-")
-    picture = mi.ffmpeg("-i", os.path.abspath(path), *first)  # P5, width, height, 255, pixels
+    picture = mi.ffmpeg(path, *first)  # P5, width, height, 255, pixels
     width, height = picture.split(maxsplit=3)[1:3]
     return int(height), int(width)

@@ -132,3 +132,27 @@ def command(script, *arguments):
     """What a user's command did: returncode, stdout, stderr."""
     line = [sys.executable, os.path.join(ROOT, script), *map(str, arguments)]
     return subprocess.run(line, capture_output=True, text=True)
+
+
+DANCES = (
+    "gBR_sBM_c01_d01_mBR1_ch01",
+    "gHO_sFM_c10_d04_d02_mHO2_ch02",
+    "gPO_sGR_c01_d07_mPO0_ch03",
+    "gKR_sBM_c01_d30_mKR1_ch04",
+    "gBR_sBM_c01_d05_mBR0_ch05",  # of a test song, as the next
+    "gHO_sBM_c10_d06_mHO5_ch06",
+    "gBR_sBM_c05_d01_mBR1_ch01",  # of another camera
+)
+
+
+@pytest.fixture(scope="session")
+def dance_videos(song, tmp_path_factory):
+    """aist/: four videos to train on, two of test songs, one of another camera, one broken;
+    wild/: two, one described. 20 frames of 48x96 each."""
+    folder = tmp_path_factory.mktemp("videos")
+    for i, name in enumerate([f"aist/{name}" for name in DANCES] + ["wild/a", "wild/b"]):
+        noise = torch.rand(3, 20, 48, 96, generator=torch.Generator().manual_seed(i))
+        mi.save_video(folder / f"{name}.mp4", noise * 2 - 1, song=song, start=0.1 * i)
+    (folder / "aist" / "gBR_sBM_c01_d02_mBR2_ch09.mp4").write_bytes(b"not a video")
+    (folder / "wild" / "a.txt").write_text("a dog on a stage\n")
+    return folder

@@ -146,7 +146,7 @@ def test_small_videos_are_left_out_unless_allowed(weights, videos, tmp_path, cap
     assert video_size(videos[0].path) == (48, 96)
     assert preprocessor(tmp_path, weights, size=(64, 64)).clips(videos[:2]) == []
     said = capsys.readouterr().out
-    assert "is 48x96, smaller than 64x64" in said and "--min-size 48x96" in said
+    assert "is 48x96, smaller than 64x64 (see --min-size)" in said
     assert "skipped  2 of 2 videos" in said
     allowed = preprocessor(tmp_path, weights, size=(64, 64), min_size=(48, 96))
     assert len(allowed.clips(videos[:2])) == 2
@@ -448,7 +448,7 @@ def make_samples(tmp_path):
                 texts[prompt], {"y_feat": torch.full((2 + i, 4), float(i)), "y_mask": y_mask}
             )
         settings = SimpleNamespace(**OPTIONS | options)
-        return Samples(cache, found, texts, CONFIG, settings), found
+        return Samples(tmp_path, found, texts, CONFIG, settings), found
 
     return make
 
