@@ -278,7 +278,7 @@ class AdapterOptions:
 
     layers: list = option(None, "blocks that music follows: 0,3,6, a name, or a ranking's file")
     rank: int = option(64, "of LoRA; 0: none", low=0)
-    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", above=0)
+    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0)
     heads: int = option(8, "of ZICA", low=1)
     window: int = option(None, "latent frames either side that a frame hears; none: all", low=0)
     adapter: str = option("zica", "add: features added, no attention", choices=("zica", "add"))
@@ -358,7 +358,7 @@ def infuse(dit, layers, rank=64, window=None, *, audio_width=768, **options):
     """
     dit.requires_grad_(False)
     options = AdapterOptions(layers=layers, rank=rank, window=window, **options)
-    options.alpha = options.alpha or rank
+    options.alpha = rank if options.alpha is None else options.alpha
     with dit.pos_frequencies.device:
         attach_music(dit, options, audio_width)
         for kind in LORA_TARGETS:
