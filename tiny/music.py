@@ -360,15 +360,12 @@ def voice(length, rng):
 
 
 def as_mp3(song, kilobits):
-    """Through an mp3 of so many kilobits a second, without its delay."""
-    pcm = (np.clip(song, -1, 1) * 32767).astype("<i2").tobytes()
-    raw = ["-f", "s16le", "-ar", RATE, "-ac", 1]
+    """Through an mp3 of so many kilobits a second."""
     with tempfile.TemporaryDirectory() as folder:
-        source, path = os.path.join(folder, "song.raw"), os.path.join(folder, "song.mp3")
-        with open(source, "wb") as file:
-            file.write(pcm)
-        mi.ffmpeg(*raw, "-i", source, "-b:a", f"{kilobits}k", path)
-        back = mi.load_audio(path).numpy()[: len(song)]
+        wav, mp3 = os.path.join(folder, "song.wav"), os.path.join(folder, "song.mp3")
+        save_wav(wav, song)
+        mi.ffmpeg(wav, "-b:a", f"{kilobits}k", mp3)
+        back = mi.load_audio(mp3).numpy()[: len(song)]
     return np.pad(back, (0, len(song) - len(back)))
 
 

@@ -18,7 +18,7 @@ from tiny.music import FASTEST, RATE, SLOWEST, save_wav
 TRAINING = {  # Debian package: its recordings, below --sounds
     "fretsonfire-songs-muldjord": "games/fretsonfire/data/songs/muldjord/*/song.ogg",
     "hedgewars-data": "games/hedgewars/Data/Music/*.ogg",
-    "hyperrogue-music": "hyperrogue/music/*.ogg",
+    "hyperrogue-music": "hyperrogue/music/hr3-*.ogg",
     "supertux-data": "games/supertux2/music/*/*.ogg",
     "warzone2100-music": "games/warzone2100/music/**/*.opus",
 }

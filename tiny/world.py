@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from train import aist_prompts
+from dataset.aist import prompts as aist_prompts
 
 SIZE, FPS, FRAMES = 64, 30, 73
 
