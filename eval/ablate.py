@@ -17,7 +17,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from tqdm import tqdm
 import musicinfuser as mi
 import train
 from eval import films
+from eval.tables import markdown, mean_error
 from musicinfuser import option
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -187,10 +188,8 @@ class Cell:
         self.row, self.seed = row, seed
         self.folder = os.path.join(o.out, f"{slug(row)}-{seed}")
         depth, given = len(dit.blocks), dict(ROWS[row])
-        preferred = dict(dit.config.training)
+        preferred = dit.config.training
         given["layers"] = layers_of(given.get("layers", preferred.get("layers")), depth, o.weights)
-        for name in [name for name, value in given.items() if value is None]:
-            preferred.pop(name, None)  # None is a value of this row
         given |= {name: getattr(o, name) for name in ("steps", "batch", "device", "dtype")}
         given |= {"offload": o.offload, "compile": o.compile, "seed": seed, "out": self.folder}
         given |= {"wild": os.path.join(o.data, "wild"), "eval_clips": 16, "eval_sigmas": SIGMAS}
@@ -198,7 +197,7 @@ class Cell:
         if row == UNTAUGHT:
             given["weights"] = os.path.join(o.out, "untaught")
         self.options = mi.settle(train.Options, preferred, given)
-        train.complete(self.options, self.options.weights, depth)
+        train.complete(self.options, depth)
         self.options.eval_every = self.options.steps
         self.options.save_every = 50
         self.data = os.path.join(o.data, "aist")
@@ -265,13 +264,13 @@ class Cell:
 def held_out_pair(held_out):
     """Two batches, with the own and with other songs, of Samples.held_out."""
     batch, conditions = held_out
-    return batch, train.replace(batch, conditions=conditions)
+    return batch, replace(batch, conditions=conditions)
 
 
 def deaf(batch):
     """The batch without its music."""
     conditions = {name: tensor for name, tensor in batch.conditions.items() if name != "audio"}
-    return train.replace(batch, conditions=conditions)
+    return replace(batch, conditions=conditions)
 
 
 @functools.cache
@@ -414,22 +413,6 @@ def seconds_left(left, results):
 # ----------------------------------------------------------------------------------------------
 
 
-def mean_error(values, digits=4, sign=""):
-    """Text: the mean and its standard error over seeds; one seed has no error."""
-    values = np.array(values)
-    if not len(values):
-        return "-"
-    error = "?"
-    if len(values) > 1:
-        error = f"{values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
-    return f"{values.mean():{sign}.{digits}f} ± {error}"
-
-
-def markdown(*rows):
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 HEAD = [*(f"gap at sigma {s}" for s in SIGMAS), "held-out loss"]
 KEYS = [*(f"gap_{s}" for s in SIGMAS), "held_out"]
 
@@ -439,7 +422,7 @@ def table(results, failed):
     lines = [["row", "layers", *HEAD, "s a step", "parameters", "seeds"]]
     for row, cells in results.items():
         figures = list(cells.values())
-        means = [mean_error([f[key] for f in figures]) for key in KEYS]
+        means = [mean_error([f[key] for f in figures], 4) for key in KEYS]
         paces = [f["seconds"] for f in figures if f["seconds"] is not None]
         pace = f"{np.mean(paces):.2f}" if paces else "-"
         ends = [pace, f"{figures[0]['parameters']:,}", str(len(figures))]
@@ -462,7 +445,7 @@ def against(results, base="ours"):
         if row == base or not both:
             continue
         less = [[cells[s][key] - results[base][s][key] for s in both] for key in KEYS]
-        lines.append([row, *(mean_error(values, sign="+") for values in less), str(len(both))])
+        lines.append([row, *(mean_error(values, 4, "+") for values in less), str(len(both))])
     return markdown(*lines)
 
 
@@ -514,13 +497,13 @@ def films_table(scores):
     lines = [["row", *kinds, "style", "Frechet", "seeds"]]
     for row, seeds in scores.items():
         cells = [film_cell([found[kind] for found in seeds]) for kind in films.KINDS]
-        ends = [mean_error([found[key] for found in seeds], 2) for key in ("style", "frechet")]
+        ends = [mean_error([found[key] for found in seeds]) for key in ("style", "frechet")]
         lines.append([row, *cells, *ends, str(len(seeds))])
     return markdown(*lines)
 
 
 def film_cell(found):
-    return " / ".join(mean_error([f[key] for f in found], 2) for key in ("r", "other", "tempo"))
+    return " / ".join(mean_error([f[key] for f in found]) for key in ("r", "other", "tempo"))
 
 
 # ----------------------------------------------------------------------------------------------

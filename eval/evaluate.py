@@ -20,6 +20,7 @@ from dataset.aist import TEST_SONGS
 from eval import beats as bt
 from eval import judge as jd
 from eval import quality
+from eval.tables import markdown, mean_error
 
 # ----------------------------------------------------------------------------------------------
 # What is beside a video: the .json that sample.py wrote. Nobody vouches for it.
@@ -350,27 +351,19 @@ def counterfactual_report(videos, out, device=None, dtype=None):
 
 def counterfactual_table(group):
     """group: [{change: answer()}]"""
-    head = "r, the changed song|r, the song as it was|lag, beats (concentration)|tempo|picture"
-    lines = [f"| music | {head.replace('|', ' | ')} |", "| --- " * 6 + "|"]
+    head = ["music", "r, the changed song", "r, the song as it was", "lag, beats (agreement)"]
+    lines = []
     for change in CHANGES:
         rows = [row[change] for row in group if change in row]
         if rows:
-            lines.append(f"| {change} | {' | '.join(counterfactual_cells(rows))} |")
-    return "\n".join(lines)
+            lines.append([change, *counterfactual_cells(rows)])
+    return markdown([*head, "tempo of motion / of music", "change of the picture"], *lines)
 
 
 def counterfactual_cells(rows):
-    cells = [mean_of(rows, "r"), mean_of(rows, "r_before"), circular([row["lag"] for row in rows])]
-    return [*cells, mean_of(rows, "tempo"), mean_of(rows, "picture", digits=3)]
-
-
-def mean_of(rows, name, digits=2):
-    values = np.array([row[name] for row in rows if name in row])
-    if not len(values):
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    return f"{values.mean():.{digits}f} ± {values.std(ddof=1) / len(values) ** 0.5:.{digits}f}"
+    cells = [mean_error([row.get(name) for row in rows]) for name in ("r", "r_before", "tempo")]
+    cells.insert(2, circular([row["lag"] for row in rows]))
+    return [*cells, mean_error([row["picture"] for row in rows], 3)]
 
 
 def circular(lags):

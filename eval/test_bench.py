@@ -23,9 +23,16 @@ def test_bench_prints_every_row(weights):  # noqa: F811
     assert done.returncode == 0, done.stderr
     for line in ("date", "cpu", "memory", "gpu", "versions"):
         assert re.search(rf"^{line} +\S", done.stdout, re.M)
-    assert "failed" not in done.stdout and "out of memory" not in done.stdout and "they differ" not in done.stdout
+    assert (
+        "failed" not in done.stdout
+        and "out of memory" not in done.stdout
+        and "they differ" not in done.stdout
+    )
     parts = [part.splitlines() for part in done.stdout.split("### ")[1:]]
-    tables = [[[cell.strip() for cell in line.split("|")[1:-1]] for line in part if line[:1] == "|"] for part in parts]
+    tables = [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part if line[:1] == "|"]
+        for part in parts
+    ]
     assert all(len(row) == len(table[0]) for table in tables for row in table)
     dit, train, vae, load, tiny, gpu = (table[2:] for table in tables)
     for table in (dit, train, load, tiny):
@@ -33,7 +40,9 @@ def test_bench_prints_every_row(weights):  # noqa: F811
     assert [row[:2] for row in vae] == [["decode", "7"], ["encode", "7"]]
     assert len(gpu) == (7 if torch.cuda.is_available() else 1)
     for row in train + load + tiny + vae + dit:
-        numbers = [cell for cell in row[1:] if cell and not cell[0].isalpha() and "frames" not in cell]
+        numbers = [
+            cell for cell in row[1:] if cell and not cell[0].isalpha() and "frames" not in cell
+        ]
         assert numbers and all(float(cell.replace(",", "")) > 0 for cell in numbers)
     for row in dit + vae:
         assert find_spec("diffusers") is None or "" not in row
