@@ -1836,8 +1836,11 @@ def settle(cls, preferred, given):
     for name, value in given.items():
         if value is not None or defaults[name] is None:  # None is a value only where it is one
             chosen[name] = value
-    lists = {name for name, value in chosen.items() if isinstance(value, list)}
-    chosen |= {name: tuple(chosen[name]) for name in lists}
+    for name, value in chosen.items():
+        if isinstance(value, list):
+            chosen[name] = tuple(value)
+        elif isinstance(value, os.PathLike):
+            chosen[name] = os.fspath(value)
     options = cls(**chosen)
     check_options(options)
     return options
@@ -1898,16 +1901,16 @@ def parser_for(cls, description):
     """An argparse parser with a flag for each field; its result has only what was given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(cls):
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, help=f.metadata["help"])
-        else:
-            add_option(parser, f)
+        add_option(parser, f)
     return parser
 
 
 def add_option(parser, f):
     more = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f).replace("%", "%%")}
-    if f.type is bool:
+    if f.metadata.get("positional"):
+        more.pop("dest")
+        parser.add_argument(f.name, nargs="?", **more)
+    elif f.type is bool:
         parser.add_argument(flag_of(f), action="store_true", **more)
     elif f.name == "size":
         parser.add_argument(flag_of(f), type=height_by_width, metavar="HxW", **more)

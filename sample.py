@@ -1,10 +1,11 @@
 """A song and a prompt in, a dancing video out:   python sample.py song.wav "a dog dancing" """
 
+import json
 import os
 import re
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 
 import torch
@@ -166,9 +167,27 @@ def slug(text, length=60):
     return text.encode(errors="ignore")[:length].decode(errors="ignore").strip("-") or "empty"
 
 
+def read_recipe(path):
+    """The options of the .json beside a video, which make it again. Raises InputError."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            recipe = json.load(file)
+        names = {field.name for field in fields(Options)} - {"out"}
+        return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
+
+
 def main():
     parser = mi.parser_for(Options, "A song and a prompt in, a dancing video out.")
-    generate(**vars(parser.parse_args()))
+    parser.add_argument("--from", dest="recipe", help="the .json beside a video, to make it again")
+    given = vars(parser.parse_args())
+    recipe = given.pop("recipe")
+    if recipe is not None:
+        given = read_recipe(recipe) | given
+    if not {"song", "prompt"} <= given.keys():
+        parser.error("name a song and a prompt")
+    generate(**given)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """A folder of dance videos in, an adapter out:   python train.py --data aist/
 
-The paper's settings are the defaults. Whatever happens at a step follows from the seed and the step
-alone, so a run that was killed goes on by the same command and ends with the adapter, to the bit, of
-a run that never was.
+The paper's settings are the defaults. Whatever happens at a step follows from the seed and the
+step alone, so a run that was killed goes on by the same command and ends with the same adapter, to
+the bit, as one that never was.
 """
 
 import datetime
-import fcntl
 import json
 import math
 import os
@@ -22,8 +21,8 @@ from tqdm import tqdm
 import musicinfuser as mi
 from dataset.aist import PLAIN, find_videos
 from dataset.batches import Samples
-from dataset.cache import clear_temporaries
 from dataset.clips import Preprocessor
+from dataset.runs import RunFolder
 
 
 @dataclass
@@ -76,7 +75,7 @@ def train(data, **given):
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
-        run.begin(identity(data, options, samples), defaults)
+        run.begin(identity(data, options, samples), defaults, FREE)
         dit = load_model(options, samples)
         trainer = Trainer(options, dit, samples, held_out, run, workers)
         start = trainer.resume()
@@ -227,6 +226,22 @@ def prepare_data(data, options, config, workers):
     return Samples(folder, clips, texts, config, options), held_out
 
 
+def identity(data, options, samples):
+    """What a run is, by content where it is a file; kept in its config.json."""
+    config = {"data": data} | asdict(options)
+    if options.init:
+        config["init"] = content(options.init)
+    config["model"] = content(os.path.join(options.weights, "dit.safetensors"))
+    config["clips"] = f"{len(samples.clips)} clips, {samples.digest()[:16]}"
+    return config
+
+
+def content(path):
+    if not os.path.isfile(path):
+        raise mi.InputError(f"no such file: {path}")
+    return mi.model_digest(path)[:16]
+
+
 def preprocess(data, folder, options, config):
     training, test = find_videos(data, options.wild), find_videos(data, split="test")
     video = mi.settle(mi.SamplingOptions, config.sampling, {})
@@ -326,10 +341,9 @@ class Trainer:
         trained = sum(p.numel() for p in self.parameters)
         size = memory(self.options, self.dit, example) / 1e9
         print(f"video    {8 * h}x{8 * w}, {frames} frames at {fps} fps")
-        print(
-            f"data     {len(clips)} clips, {len(clips) * frames / fps / 3600:.2f} hours, ", end=""
-        )
-        print(f"{songs} songs; {len(self.held_out_clips)} clips of test songs held out")
+        hours = len(clips) * frames / fps / 3600
+        print(f"data     {len(clips)} clips, {hours:.2f} hours, {songs} songs; ", end="")
+        print(f"{len(self.held_out_clips)} clips of test songs held out")
         print(f"adapter  layers {self.options.layers}, {trained:,} parameters to train; ", end="")
         print(f"about {size:.1f} GB in all")
         if start:
@@ -346,7 +360,7 @@ class Trainer:
             line |= self.evaluate()
         self.run.log(line | {"memory_gb": mi.peak_memory(self.options.device)})
         if self.is_due(step, self.options.save_every):
-            self.save(step + 1)
+            self.run.save(self.dit, self.optimiser, step + 1)
         every = self.options.sample_every
         if every and (step + 1) % every == 0 and self.held_out_clips:
             self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
@@ -361,7 +375,7 @@ class Trainer:
             batch = self.batch(step, micro)
             noised = batch.z, batch.sigma, batch.eps
             loss = mi.flow_matching_loss(self.dit, *noised, **batch.conditions)
-            self.check_finite(loss, f"the loss at step {step}, on {'; '.join(batch.names)}")
+            self.run.check_finite(loss, f"the loss at step {step}, on {'; '.join(batch.names)}")
             if loss.requires_grad:  # else it is silent, and there is no LoRA
                 (loss.mean() / self.options.accumulate).backward()
             losses += zip(batch.sigma.tolist(), loss.tolist(), strict=True)
@@ -385,7 +399,7 @@ class Trainer:
             group["lr"] = lr
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        self.check_finite(norm, f"the gradient at step {step}")
+        self.run.check_finite(norm, f"the gradient at step {step}")
         self.optimiser.step()
         self.optimiser.zero_grad()
         return {"lr": lr, "grad_norm": norm.item()}
@@ -393,25 +407,9 @@ class Trainer:
     def evaluate(self):
         """Does it listen? Losses on held-out clips, and what they cost."""
         began, o = time.time(), self.options
-        batch, wrong = self.held_out
-        wrong = replace(batch, conditions=wrong).to(o.device)
-        losses = listening_gap(
-            self.dit, batch.to(o.device), wrong.conditions, o.eval_sigmas, o.batch
-        )
+        right, wrong = (batch.to(o.device) for batch in self.held_out)
+        losses = listening_gap(self.dit, right, wrong, o.eval_sigmas, o.batch)
         return losses | {"eval_seconds": time.time() - began}
-
-    def save(self, step):
-        for name, p in mi.adapter_parameters(self.dit).items():
-            self.check_finite(p, f"{name} after step {step - 1}")
-        self.run.save(self.dit, self.optimiser, step)
-
-    def check_finite(self, tensor, what):
-        if tensor.isfinite().all():
-            return
-        last = "nothing was saved"
-        if os.path.exists(self.run.state):
-            last = f"the last good checkpoint is {self.run.state}"
-        raise mi.InputError(f"not finite: {what}; {last}; a lower --lr may help")
 
     def film(self, clip, path):
         """A video of the plain prompt, to a held-out clip's music."""
@@ -451,20 +449,20 @@ def mean(values):
 
 
 @torch.no_grad()
-def listening_gap(dit, batch, wrong, sigmas, at_once=1):
+def listening_gap(dit, right, wrong, sigmas, at_once=1):
     """{right_0.75, wrong_0.75, ...}: losses with the clips' own songs and with others'.
 
-    batch, wrong: of Samples.held_out. The noise is the same throughout.
+    right, wrong: of Samples.held_out, the same but for the music.
     """
     losses = {}
     for sigma in sigmas:
-        at = replace(batch, sigma=torch.full_like(batch.sigma, sigma))
-        losses[f"right_{sigma}"] = mean_loss(dit, at, at_once)
-        losses[f"wrong_{sigma}"] = mean_loss(dit, replace(at, conditions=wrong), at_once)
+        losses[f"right_{sigma}"] = mean_loss(dit, right, sigma, at_once)
+        losses[f"wrong_{sigma}"] = mean_loss(dit, wrong, sigma, at_once)
     return losses
 
 
-def mean_loss(dit, batch, at_once):
+def mean_loss(dit, batch, sigma, at_once):
+    batch = replace(batch, sigma=torch.full_like(batch.sigma, sigma))
     losses = []
     for i in range(0, len(batch.z), at_once):
         rows = batch.rows(slice(i, i + at_once))
@@ -472,160 +470,18 @@ def mean_loss(dit, batch, at_once):
     return torch.cat(losses).mean().item()
 
 
-# ------------------------------------------------------------------------------------------------
-# The run folder
-# ------------------------------------------------------------------------------------------------
-
-
-def identity(data, options, samples):
-    """What a run is, by content where it is a file; kept in its config.json."""
-    config = {"data": data} | asdict(options)
-    if options.init:
-        config["init"] = content(options.init)
-    config["model"] = content(os.path.join(options.weights, "dit.safetensors"))
-    config["clips"] = f"{len(samples.clips)} clips, {samples.digest()[:16]}"
-    return json.loads(json.dumps(config))
-
-
-def content(path):
-    if not os.path.isfile(path):
-        raise mi.InputError(f"no such file: {path}")
-    return mi.model_digest(path)[:16]
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
-
-
-class RunFolder:
-    """config.json, state.safetensors, musicinfuser.safetensors, log.jsonl; one process's at a time."""
-
-    def __init__(self, folder, first):
-        self.folder, self.first = folder, first
-        self.adapter = self.path("musicinfuser.safetensors")
-        self.state = self.path("state.safetensors")
-
-    def path(self, name):
-        return os.path.join(self.folder, name)
-
-    def __enter__(self):
-        if self.first:
-            self.lock()
-            clear_temporaries(self.folder)
-        return self
-
-    def __exit__(self, *_):
-        if self.first:
-            os.close(self.handle)
-
-    def lock(self):
-        """The system lets go of it however this process ends."""
-        try:
-            os.makedirs(self.folder, exist_ok=True)
-            self.handle = os.open(self.folder, os.O_RDONLY)
-            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self.handle)
-            busy = f"another train.py is at work in {self.folder}"
-            raise mi.InputError(f"{busy}; wait for it, or name another --out") from error
-        except OSError as error:
-            raise mi.InputError(f"cannot use {self.folder}: {error.strerror}") from error
-
-    def begin(self, config, defaults):
-        """Go on only with the same run; what an older one did not know had its default."""
-        if not self.first:
-            return
-        if os.path.exists(self.state):
-            old = json.loads(json.dumps(defaults)) | self.read_config()
-            for name, value in config.items():
-                if name not in FREE and old.get(name) != value:
-                    other = f"{name} {old.get(name)}, not {value}"
-                    raise mi.InputError(f"{self.folder} has a run of {other}; name another --out")
-        mi.save_json(self.path("config.json"), config)
-
-    def read_config(self):
-        path = self.path("config.json")
-        try:
-            with open(path, encoding="utf-8") as file:
-                config = json.load(file)
-            if not isinstance(config, dict):
-                raise ValueError("no object")
-        except (OSError, ValueError, RecursionError) as error:
-            raise mi.InputError(f"{path} cannot be read ({error}); name another --out") from error
-        return config
-
-    def save(self, dit, optimiser, step):
-        state = {}
-        for name, p in mi.adapter_parameters(dit).items():
-            state[f"parameter.{name}"] = p
-            for moment, value in optimiser.state.get(p, {}).items():
-                state[f"{moment}.{name}"] = value
-        mi.save_adapter(dit, self.adapter)
-        mi.save_safetensors(self.state, state, {"step": str(step)})  # last: what is there is whole
-
-    def load(self, dit, optimiser):
-        """Back to the last save; returns its step, 0 for a new run."""
-        step = 0
-        if os.path.exists(self.state):
-            step = self.load_state(mi.adapter_parameters(dit), optimiser)
-        if self.first:
-            self.cut_log(step)
-        return step
-
-    def load_state(self, parameters, optimiser):
-        tensors, metadata = mi.read_safetensors(self.state)
-        shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        mi.check_names(self.state, shapes, self.shapes_of_state(parameters, tensors))
-        if not re.fullmatch(r"\d{1,18}", metadata.get("step", "")):
-            raise mi.InputError(f"{self.state} does not say its step; delete {self.folder}")
-        for name, p in parameters.items():
-            p.data.copy_(tensors[f"parameter.{name}"])
-            if f"exp_avg.{name}" in tensors:
-                moments = {m: tensors[f"{m}.{name}"].to(p.device, copy=True) for m in MOMENTS}
-                optimiser.state[p] = moments | {"step": tensors[f"step.{name}"].clone()}
-        return int(metadata["step"])
-
-    def shapes_of_state(self, parameters, tensors):
-        shapes = {}
-        for name, p in parameters.items():
-            shapes[f"parameter.{name}"] = p.shape
-            if f"exp_avg.{name}" in tensors:  # absent from one that never had a gradient
-                shapes |= {f"{m}.{name}": p.shape for m in MOMENTS} | {f"step.{name}": ()}
-        return shapes
-
-    def cut_log(self, step):
-        """Leave out the steps after the last save, which come again, and a line cut short."""
-        path, whole = self.path("log.jsonl"), []
-        if os.path.exists(path):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                whole = [line for line in file if step_of(line) < step]
-        with mi.written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(whole)
-
-    def log(self, line):
-        with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def step_of(line):
-    """Of a line of the log; a damaged one comes after all others."""
-    try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return math.inf
-
-
 def main():
     parser = mi.parser_for(Options, "Train a MusicInfuser adapter on a folder of dance videos.")
     parser.add_argument("--data", required=True, help="folder of AIST's videos; the cache is in it")
-    parser.add_argument(
-        "--split", choices=("train", "test"), default="train", help="test: list what is held out"
-    )
+    splits = {"choices": ("train", "test"), "default": "train"}
+    parser.add_argument("--split", **splits, help="test: list what is held out, and stop")
     given = vars(parser.parse_args())
     data, split = given.pop("data"), given.pop("split")
-    if split == "test":
-        print("\n".join(video.path for video in find_videos(data, None, "test")))
-    else:
+    if split == "train":
         train(data, **given)
+        return
+    for video in find_videos(data, split="test"):
+        print(video.path)
 
 
 if __name__ == "__main__":

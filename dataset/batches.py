@@ -33,8 +33,9 @@ class Batch:
 class Samples:
     """The samples of a run. What the n-th is follows from the seed and n alone.
 
-    folder: of the cache. texts: {prompt: its entry}, of Preprocessor.texts. config: the model's, whose mean and std are
-    used. options: seed, wild_ratio, base_prompt_ratio, caption_dropout, beta, half_life.
+    folder: of the cache. texts: {prompt: its entry}, of Preprocessor.texts. config: the model's,
+    for its mean and std. options: seed, wild_ratio, base_prompt_ratio, caption_dropout, beta and
+    half_life.
     """
 
     def __init__(self, folder, clips, texts, config, options):
@@ -104,7 +105,7 @@ class Samples:
         return text | self.cache.read(clip.music)
 
     def held_out(self, clips, count):
-        """(batch, its conditions with the music of other songs): the clips one song after another.
+        """(batch, the same with the music of other songs): the clips one song after another.
 
         None where there are fewer than two songs.
         """
@@ -115,10 +116,11 @@ class Samples:
         rows = [self.held_out_sample(i, clip) for i, clip in enumerate(chosen)]
         batch = collate(rows, self.config)
         other = [another_song(chosen, i) for i in range(len(chosen))]
-        return batch, batch.conditions | {"audio": batch.conditions["audio"][other]}
+        conditions = batch.conditions | {"audio": batch.conditions["audio"][other]}
+        return batch, replace(batch, conditions=conditions)
 
     def held_out_sample(self, i, clip):
-        generator = torch.Generator().manual_seed(self.options.seed * 1000 + i)
+        generator = torch.Generator().manual_seed((self.options.seed * 1000 + i) % 2**64)
         z = self.cache.read(clip.latents)["mean"]
         eps = torch.randn(z.shape, generator=generator)
         return Batch(z, torch.tensor(0.0), eps, self.conditions(clip, PLAIN), clip.name)

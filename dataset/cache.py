@@ -1,7 +1,7 @@
 """Tensors that are computed once and kept in a folder, whole or not at all.
 
-An entry is a file of named tensors whose metadata has their checksum, so that one that was damaged
-is noticed and made again. Its name tells what made it, so nothing in the folder is ever out of date.
+An entry is a file of named tensors whose metadata has their checksum, so that one that was
+damaged is noticed and made again. Its name tells what made it, so nothing here is ever out of date.
 """
 
 import hashlib

@@ -201,9 +201,9 @@ def version_of(encoder):
 
 
 def clip_starts(count, length, fps, content):
-    """Where the clips of a video of `count` frames begin: five a minute, at random, away from both ends.
+    """Where the clips of a video begin, in frames: five a minute, at random, away from its ends.
 
-    content: the digest of the video, which alone decides.
+    count, length: frames of the video and of a clip. content: the video's digest, which decides.
     """
     if count < length:
         return []
@@ -217,7 +217,7 @@ def clip_starts(count, length, fps, content):
 
 
 def cut(frames, starts, length):
-    """Yield (start, video (1,3,length,H,W) in [-1,1]) for every start, in one pass over the frames."""
+    """Yield (start, video (1, 3, length, H, W) in [-1, 1]) for every start, in one pass."""
     parts = {start: [] for start in starts}
     for i, frame in enumerate(frames):
         for start in [start for start in parts if start <= i]:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -425,7 +426,7 @@ CONFIG = SimpleNamespace(mean=mi.MOCHI_MEAN, std=mi.MOCHI_STD)
 
 @pytest.fixture
 def make_samples(tmp_path):
-    """make_samples(wild songs, aist songs, **options): samples of clips whose tensors tell them apart."""
+    """make_samples(songs of aist, of wild, **options): of clips whose tensors tell them apart."""
     cache = Cache(tmp_path)
 
     def make(aist_songs, wild_songs=(), **options):
@@ -482,9 +483,7 @@ def test_kinds_prompts_and_captions_are_mixed_as_asked(make_samples):
 
 
 def test_the_mixture_is_that_of_the_first_version(make_samples):
-    """The arithmetic of a run's randomness, written out: older runs could be compared with newer."""
-    import random
-
+    """The arithmetic of a run's randomness, written out."""
     samples, found = make_samples([1, 2, 3], [4, 5])
     for n in range(50):
         rng = random.Random(f"42 {n}")
@@ -532,9 +531,13 @@ def test_the_wrong_song_of_a_held_out_clip_is_never_its_own(make_samples, counts
     songs = [song for song, count in enumerate(counts) for _ in range(count)]
     samples, found = make_samples(songs)
     right, wrong = samples.held_out(found, 16)
-    assert right.conditions["audio"].shape == wrong["audio"].shape == (min(len(songs), 16), 5, 3)
-    assert (right.conditions["audio"] != wrong["audio"]).all()
-    assert {*wrong["audio"].flatten().tolist()} <= {*map(float, songs)}
+    assert (
+        right.conditions["audio"].shape
+        == wrong.conditions["audio"].shape
+        == (min(len(songs), 16), 5, 3)
+    )
+    assert (right.conditions["audio"] != wrong.conditions["audio"]).all()
+    assert {*wrong.conditions["audio"].flatten().tolist()} <= {*map(float, songs)}
     assert samples.held_out(found[: counts[0]], 16) is None
     again, _ = samples.held_out(found, 16)
     assert torch.equal(right.eps, again.eps) and len(samples.held_out(found, 2)[0].z) == 2
