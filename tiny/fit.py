@@ -9,8 +9,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import musicinfuser as mi
-
-WORK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "work")  # unfinished stages
+from tiny.studio import WORK
 
 
 def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):

@@ -1,9 +1,9 @@
 """Everything in tiny/, from nothing, with fixed seeds. It can be stopped and started again.
 
-    python -m tiny.make                           every stage, one after another
-    python -m tiny.make vae text                  these stages
-    python -m tiny.make data toy --videos 640     the toy AIST set, for train.py --data toy/aist --wild toy/wild
-    python -m tiny.make report --adapter FILE     what an adapter has learnt
+python -m tiny.make                           every stage, one after another
+python -m tiny.make vae text                  these stages
+python -m tiny.make data toy --videos 640     the toy AIST set, for train.py --data toy/aist --wild toy/wild
+python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
 import argparse
@@ -13,6 +13,7 @@ import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
+from string import ascii_uppercase
 
 import numpy as np
 import torch
@@ -27,11 +28,10 @@ import train
 from dataset.aist import TEST_SONGS
 from eval.quality import reference_statistics
 from tiny import music, recordings, world
-from tiny.fit import WORK, as_bfloat16, fit, named
+from tiny.fit import as_bfloat16, fit, named
 from tiny.recordings import Piece
+from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
-
-HERE = os.path.dirname(os.path.abspath(__file__))
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
 SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "steps": 40, "cfg": 2.5, "music_cfg": 4.0}
@@ -50,10 +50,6 @@ TRAINING = {
 def generators(*numbers):
     """numpy's and torch's generators for a step."""
     return np.random.default_rng(numbers), torch.Generator().manual_seed(hash(numbers) % 2**31)
-
-
-def in_folder(name):
-    return os.path.join(HERE, name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -96,7 +92,9 @@ def silent_clips(count, seed):
 def crops(clips, frames, batch, rng):
     """(batch, 3, frames, SIZE, SIZE) in [-1, 1]"""
     starts = rng.integers(FRAMES - frames + 1, size=batch)
-    picked = [clips[i, f : f + frames] for i, f in zip(rng.integers(len(clips), size=batch), starts)]
+    picked = [
+        clips[i, f : f + frames] for i, f in zip(rng.integers(len(clips), size=batch), starts)
+    ]
     return torch.stack([mi.from_pixels(clip) for clip in picked])
 
 
@@ -184,11 +182,14 @@ def make_tokenizer(seed):
     rng = np.random.default_rng(seed)
     lines = [world.caption(world.draw_scene(rng), rng)[0] for _ in range(20000)]
     folder = in_folder("tokenizer")
-    shutil.rmtree(folder, ignore_errors=True)  # a tokenizer.json of other captions would be taken for this one's
+    shutil.rmtree(
+        folder, ignore_errors=True
+    )  # a tokenizer.json of other captions would be taken for this one's
     os.makedirs(folder)
     rules = os.path.join(folder, "lower.tsv")
     with open(rules, "w") as file:  # in place of NFKC's 240 kB
-        file.writelines(f"{ord(letter):X}\t{ord(letter.lower()):X}\n" for letter in UPPER)
+        file.writelines(f"{ord(letter):X}\t{ord(letter.lower()):X}\n" for letter in ascii_uppercase)
+        file.writelines(f"{ord(space):X}\t20\n" for space in "\t\n\r\xa0")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=os.path.join(folder, "spiece"),
@@ -207,28 +208,19 @@ def make_tokenizer(seed):
     return write_tokenizer_json(folder)
 
 
-UPPER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-
-
 def write_tokenizer_json(folder):
     """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns the tokenizer."""
-    import sentencepiece
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import T5TokenizerFast
+    from sentencepiece import sentencepiece_model_pb2
+    from transformers import T5Tokenizer
 
-    model = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "spiece.model"))
-    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
-    spaces = normalizers.Replace(Regex(r"\s+"), " ")
-    tokenizer.normalizer = normalizers.Sequence([spaces, normalizers.Strip(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    end = [("</s>", 1)]
-    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", special_tokens=end)
-    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    wrapped = T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, **special)
-    wrapped.save_pretrained(folder)
-    return wrapped
+    model = sentencepiece_model_pb2.ModelProto()
+    with open(os.path.join(folder, "spiece.model"), "rb") as file:
+        model.ParseFromString(file.read())
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    rules = model.normalizer_spec.precompiled_charsmap
+    tokenizer = T5Tokenizer(pieces, extra_ids=0, _spm_precompiled_charsmap=rules)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 # --------------------------------------------------------------------------------------------------
@@ -263,27 +255,52 @@ def make_audio(options, steps=2400, batch=32, seed=3):
         rng, _ = generators(seed, 10**6)
         picked = [pieces[i % len(pieces)] for i in range(max(192, len(pieces)))]
         with torch.no_grad():
-            numbers = audio_loss(wav2vec, head, [crop_of(piece, CLIP, rng, False) for piece in picked])[1]
-        print(f"audio encoder, {name}:", " ".join(f"{key} {value:.3f}" for key, value in numbers.items()))
+            numbers = audio_loss(
+                wav2vec, head, [crop_of(piece, CLIP, rng, False) for piece in picked]
+            )[1]
+        print(
+            f"audio encoder, {name}:",
+            " ".join(f"{key} {value:.3f}" for key, value in numbers.items()),
+        )
 
 
 def fresh_wav2vec():
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
-    sizes = {"hidden_size": 96, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 384}
-    sizes |= {"conv_dim": (48,) * 7, "num_conv_pos_embeddings": 64, "num_conv_pos_embedding_groups": 8}
+    sizes = {
+        "hidden_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+    }
+    sizes |= {
+        "conv_dim": (48,) * 7,
+        "num_conv_pos_embeddings": 64,
+        "num_conv_pos_embedding_groups": 8,
+    }
     rates = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop mask_time_prob"
-    return Wav2Vec2Model(Wav2Vec2Config(vocab_size=32, **sizes, **dict.fromkeys(rates.split(), 0.0)))
+    return Wav2Vec2Model(
+        Wav2Vec2Config(vocab_size=32, **sizes, **dict.fromkeys(rates.split(), 0.0))
+    )
 
 
-SHARES = (0.35, 0.35, 0.30)  # of the synthesiser's songs, of the sampled instruments', of recordings
+SHARES = (
+    0.35,
+    0.35,
+    0.30,
+)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
 def training_pieces(sounds, seed):
     """Three lists of Pieces, one for each of SHARES."""
-    synthesised = [synthesised_piece((seed, 1, i)) for i in tqdm(range(448), "composing", mininterval=10)]
+    synthesised = [
+        synthesised_piece((seed, 1, i)) for i in tqdm(range(448), "composing", mininterval=10)
+    ]
     instruments = sampled_instruments(sounds)
-    played = [sampled_piece((seed, 2, i), *instruments) for i in tqdm(range(560), "playing", mininterval=10)]
+    played = [
+        sampled_piece((seed, 2, i), *instruments)
+        for i in tqdm(range(560), "playing", mininterval=10)
+    ]
     return synthesised, played, recordings.pieces_of(sounds, recordings.TRAINING)
 
 
@@ -336,13 +353,7 @@ def crop_of(piece, seconds, rng, rougher=True):
     if rougher:
         samples = music.rough(samples, rng)
     times = start + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
-    return samples, beat_at(piece.beats, times), piece.genre
-
-
-def beat_at(beats, times):
-    """Positions in beats; beyond the first and the last beat at their tempo."""
-    i = np.clip(np.searchsorted(beats, times) - 1, 0, len(beats) - 2)
-    return i + (times - beats[i]) / (beats[i + 1] - beats[i])
+    return samples, recordings.beat_at(piece.beats, times), piece.genre
 
 
 def audio_loss(wav2vec, head, crops):
@@ -362,7 +373,9 @@ def audio_loss(wav2vec, head, crops):
     numbers = {
         "cosine": F.cosine_similarity(out[..., :2], turn, dim=-1).mean().item(),
         "octaves off": off.abs().mean().item(),
-        "genre right": (logits.argmax(1) == genres)[known].float().mean().item() if known.any() else math.nan,
+        "genre right": (logits.argmax(1) == genres)[known].float().mean().item()
+        if known.any()
+        else math.nan,
     }
     return phase + F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) * 2 + 0.2 * genre, numbers
 
@@ -433,17 +446,18 @@ def latents_of_one(seed, i, frames):
     return frozen_encoder()(mi.from_pixels(clip)[None])[0][0].numpy(), scene
 
 
-@cache
-def frozen_encoder():
-    return mi.load_encoder(in_folder("encoder.safetensors"), dtype=torch.bfloat16)
-
-
 def fresh_dit(seed):
     torch.manual_seed(seed)
     dit = mi.DiT(depth=12, width=160, text_width=80, heads=4, t5_width=96)
     with torch.no_grad():
-        thirds = ((slice(0, 8), 1.5, 0.03), (slice(8, 14), 0.06, 0.006), (slice(14, 20), 0.06, 0.006))
-        for axis, (part, high, low) in enumerate(thirds):  # of the angles, for time, height and width
+        thirds = (
+            (slice(0, 8), 1.5, 0.03),
+            (slice(8, 14), 0.06, 0.006),
+            (slice(14, 20), 0.06, 0.006),
+        )
+        for axis, (part, high, low) in enumerate(
+            thirds
+        ):  # of the angles, for time, height and width
             count = part.stop - part.start
             speeds = high * (low / high) ** (torch.arange(count) / (count - 1))
             dit.pos_frequencies[axis, :, part] = speeds
@@ -462,19 +476,6 @@ def spread(size, generator):
     return (order + torch.rand(size, generator=generator)) / size
 
 
-class Captions:
-    """Captions to T5 features, as sampling makes them, but for many at once."""
-
-    def __init__(self):
-        self.tokenizer = mi.from_pretrained("AutoTokenizer", in_folder("tokenizer"))
-        self.t5 = mi.load_pretrained_model("T5EncoderModel", in_folder("text_encoder"), "cpu")
-
-    @torch.no_grad()
-    def __call__(self, texts):
-        tokens = self.tokenizer(list(texts), padding=True, return_tensors="pt")
-        return self.t5(**tokens).last_hidden_state, tokens.attention_mask.bool()
-
-
 # --------------------------------------------------------------------------------------------------
 # Which layers should listen, by the Frechet distance to the world's own clips
 # --------------------------------------------------------------------------------------------------
@@ -484,8 +485,12 @@ def make_layers(options, clips=200, seeds=2):
     """reference.safetensors, the statistics of the world's clips, and adaptability.json, the ranking by them."""
     rng = np.random.default_rng(88)
     pictures = (world.render(world.draw_scene(rng), world.steady_beat(rng)) for _ in range(clips))
-    videos = (mi.from_pixels(frames) for frames in tqdm(pictures, "reference", clips, mininterval=10))
-    mi.save_safetensors(in_folder("reference.safetensors"), *reference_statistics(videos, frozen_encoder()))
+    videos = (
+        mi.from_pixels(frames) for frames in tqdm(pictures, "reference", clips, mininterval=10)
+    )
+    mi.save_safetensors(
+        in_folder("reference.safetensors"), *reference_statistics(videos, frozen_encoder())
+    )
     out = os.path.join(WORK, "adaptability")
     adaptability.rank(weights=HERE, seeds=range(seeds), out=out, dtype="bfloat16")
     shutil.copyfile(os.path.join(out, "adaptability.json"), in_folder("adaptability.json"))
@@ -507,7 +512,9 @@ def make_data(options, seed=5):
         place = "studio" if i < aist else str(rng.choice(world.PLACES[1:]))
         scene = world.draw_scene(rng, subject="person", place=place)
         number = int(rng.integers(SONGS))
-        if i < min(2 * len(TEST_SONGS), aist):  # two videos of each song that AIST's split holds out
+        if i < min(
+            2 * len(TEST_SONGS), aist
+        ):  # two videos of each song that AIST's split holds out
             name = TEST_SONGS[i // 2]
             scene["genre"], number = name[1:3], int(name[3:])
         song, tempo = songs.find(scene["genre"], number)
@@ -516,7 +523,9 @@ def make_data(options, seed=5):
         video = mi.from_pixels(world.render(scene, beat))
         if i < aist:
             name = os.path.join("aist", world.aist_name(scene, f"{scene['genre']}{number}", rng))
-            video = F.pad(video, (54, 54, 24, 8), mode="replicate")  # 172x96: AIST's crop finds the 64x64
+            video = F.pad(
+                video, (54, 54, 24, 8), mode="replicate"
+            )  # 172x96: AIST's crop finds the 64x64
         else:
             name = os.path.join("wild", f"wild-{i - aist:04d}")
         path = os.path.join(os.path.abspath(options.folder), name)
@@ -540,7 +549,9 @@ class Songs:
             seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
             tempo = math.exp(np.random.default_rng(seed).uniform(math.log(60), math.log(180)))
             if number % 3 == 2 and self.sounds:
-                song = music.play_sampled(genre, tempo, seed, seconds, *sampled_instruments(self.sounds))
+                song = music.play_sampled(
+                    genre, tempo, seed, seconds, *sampled_instruments(self.sounds)
+                )
             else:
                 song = music.compose(genre, tempo, seed, seconds)
             os.makedirs(self.folder, exist_ok=True)
@@ -562,7 +573,9 @@ def make_plain(options):
 def train_adapter(options, name, **given):
     out = os.path.join(WORK, name)
     wild = os.path.join(options.folder, "wild")
-    path = train.train(os.path.join(options.folder, "aist"), wild=wild, weights=HERE, out=out, **given)
+    path = train.train(
+        os.path.join(options.folder, "aist"), wild=wild, weights=HERE, out=out, **given
+    )
     tensors, metadata = mi.read_safetensors(path)
     mi.save_safetensors(in_folder(f"{name}.safetensors"), mi.shrunk(tensors), metadata)
 
@@ -575,7 +588,7 @@ def make_song(options, tempo=112, seconds=24, rate=22050):
 def make_report(options):
     from tiny import report
 
-    report.report(options.adapter, options.songs)
+    report.report(options.adapter, options.songs, options.sounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -606,14 +619,29 @@ def parse(arguments=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("stages", nargs="*", metavar="STAGE", help="default: all, in that order; after data, its FOLDER")
-    add("--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)")
-    add("--sounds", default="/usr/share", help="where fluidsynth's and Debian's sounds are (default /usr/share)")
+    add(
+        "stages",
+        nargs="*",
+        metavar="STAGE",
+        help="default: all, in that order; after data, its FOLDER",
+    )
+    add(
+        "--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)"
+    )
+    add(
+        "--sounds",
+        default="/usr/share",
+        help="where fluidsynth's and Debian's sounds are (default /usr/share)",
+    )
     add("--adapter", help="of report: another adapter's file")
     add("--songs", type=int, default=32, help="of report: of how many songs (default 32)")
     options = parser.parse_args(arguments)
     options.folder = "toy"
-    if options.stages[:1] == ["data"] and len(options.stages) == 2 and options.stages[1] not in STAGES:
+    if (
+        options.stages[:1] == ["data"]
+        and len(options.stages) == 2
+        and options.stages[1] not in STAGES
+    ):
         options.folder = options.stages.pop()
     unknown = [stage for stage in options.stages if stage not in STAGES]
     if unknown:

@@ -143,7 +143,9 @@ class Synthesiser:
 
     def kick(self):
         t = self.seconds(0.4)
-        low, sweep, decay = (self.rng.uniform(*ends) for ends in ((45, 65), (60, 160), (0.06, 0.16)))
+        low, sweep, decay = (
+            self.rng.uniform(*ends) for ends in ((45, 65), (60, 160), (0.06, 0.16))
+        )
         cycles = low * t + sweep * 0.03 * (1 - np.exp(-t / 0.03))
         return np.sin(2 * np.pi * cycles) * np.exp(-t / decay)
 
@@ -230,13 +232,20 @@ def find_sounds(folder):
 def load_kit(path):
     """{"kick": [samples], "snare": ..., "hat": ...} of a Hydrogen drum kit; a part may have none."""
     kit = {"kick": [], "snare": [], "hat": []}
-    words = {"kick": "kick|bass ?drum|thump|bass$", "snare": "snare|clap|slap|stick", "hat": "hat|hh|maraca|bell"}
+    words = {
+        "kick": "kick|bass ?drum|thump|bass$",
+        "snare": "snare|clap|slap|stick",
+        "hat": "hat|hh|maraca|bell",
+    }
     with open(path, encoding="utf-8", errors="replace") as file:
         instruments = file.read().split("<instrument>")[1:]
     for text in instruments:
         name = re.search("<name>(.*?)</name>", text)
         sample = re.search("<filename>(.*?)</filename>", text)
-        part = next((part for part, word in words.items() if name and re.search(word, name[1].lower())), None)
+        part = next(
+            (part for part, word in words.items() if name and re.search(word, name[1].lower())),
+            None,
+        )
         if part and sample and len(kit[part]) < 3:
             sound = mi.load_audio(os.path.join(os.path.dirname(path), sample[1])).numpy()
             kit[part].append(level(sound[: RATE // 2]))
@@ -247,7 +256,11 @@ def vary(notes, rng):
     """The song as a band might play it: notes left out, added, sustained, broken into arpeggios, played loosely."""
     missing = [part for part in CHANNELS if rng.random() < 0.12]
     loose = rng.choice([0.0, 0.03, 0.08])  # sixteenths
-    broken, sustained, octave = rng.random() < 0.25, rng.random() < 0.3, 12 * int(rng.integers(-1, 2))
+    broken, sustained, octave = (
+        rng.random() < 0.25,
+        rng.random() < 0.3,
+        12 * int(rng.integers(-1, 2)),
+    )
     drop = rng.choice([0.0, 0.1, 0.25])
     varied, third = [], 0
     for note in notes:
@@ -270,7 +283,9 @@ def midi_file(notes, times, tempo, rng):
     for channel, part in enumerate(("bass", "chord", "melody")):
         events.append((0, bytes([0xC0 + channel, int(rng.choice(PROGRAMS[part]))])))
     events.append((0, bytes([0xC9, int(rng.choice(KITS))])))
-    events += [(0, bytes([0xB0 + c, 7, int(rng.integers(60, 128))])) for c in (0, 1, 2, 9)]  # volumes
+    events += [
+        (0, bytes([0xB0 + c, 7, int(rng.integers(60, 128))])) for c in (0, 1, 2, 9)
+    ]  # volumes
     key = {part: int(rng.choice(keys)) for part, keys in DRUMS.items()}
     strength = {"chord": 5.0, "melody": 4.0, "hat": 3.0, "bass": 1.8, "snare": 1.7, "kick": 1.0}
     for note, start in zip(notes, times):

@@ -40,6 +40,12 @@ class Piece(NamedTuple):
     source: str
 
 
+def beat_at(beats, times):
+    """Positions in beats; beyond the first and the last beat at their tempo."""
+    i = np.clip(np.searchsorted(beats, times) - 1, 0, len(beats) - 2)
+    return i + (times - beats[i]) / (beats[i + 1] - beats[i])
+
+
 def find_recordings(folder, packages):
     """[(package, file)] below `folder`, /usr/share where the packages are installed."""
     found = []
@@ -60,7 +66,9 @@ def pieces_of(folder, packages):
         samples = mi.load_audio(file, 0, LONGEST).numpy()
         chart = os.path.join(os.path.dirname(file), "notes.mid")
         if os.path.exists(chart):
-            guitar = mi.load_audio(os.path.join(os.path.dirname(file), "guitar.ogg"), 0, LONGEST).numpy()
+            guitar = mi.load_audio(
+                os.path.join(os.path.dirname(file), "guitar.ogg"), 0, LONGEST
+            ).numpy()
             samples = samples[: len(guitar)] + guitar[: len(samples)]
             runs = [chart_beats(chart, len(samples) / RATE)]
         else:
