@@ -5,11 +5,11 @@ Top to bottom:   what is beside a video | beats | the judge | the protocol | cou
 """
 
 import argparse
-import dataclasses
 import glob
 import json
 import math
 import os
+import wave
 from typing import NamedTuple
 
 import numpy as np
@@ -224,42 +224,46 @@ def protocol_songs(folder):
     return files
 
 
-def protocol(songs, out, weights=None, adapter=None, seed=0, device=None, dtype=None):
-    """The 100 videos, made where they are not there yet; returns their paths."""
-    weights = weights or mi.default_weights()
+def protocol(songs, out, weights=None, adapter=None, seed=0, **where):
+    """The 100 videos, made where they are not there yet; returns their paths. where: device, dtype."""
+    weights = os.path.normpath(weights or mi.default_weights())
     adapter = adapter or os.path.join(weights, "musicinfuser.safetensors")
-    models = {"weights": weights, "adapter": adapter}
     videos = []
     for song in protocol_songs(songs):
         name = os.path.splitext(os.path.basename(song))[0]
         for j, prompt in enumerate(PROMPTS):
-            number = seed + len(videos)  # each video has its own noise
-            wanted = models | {"song": song, "prompt": prompt, "seed": number}
-            video = os.path.join(out, f"{name}-{j}.mp4")
-            make_video(video, wanted, device, dtype)
-            videos.append(video)
+            wanted = {"song": song, "prompt": prompt, "weights": weights, "adapter": adapter}
+            wanted["seeds"] = [seed + len(videos)]  # each video has its own noise
+            videos.append(os.path.join(out, f"{name}-{j}.mp4"))
+            make_video(videos[-1], wanted, **where)
     return videos
 
 
-def make_video(video, wanted, device=None, dtype=None):
-    """Sample a video unless it is there. wanted: song, prompt, seed and options of sample.generate.
-    Raises InputError where it is there and was made otherwise."""
+def make_video(video, wanted, **where):
+    """Sample a video unless it is there. wanted: options of sample.generate, with one seed.
+
+    Raises InputError where it is there and was made otherwise.
+    """
     import sample  # here, because scoring does not need it
 
-    made = recipe_of(video)
-    different = [name for name in wanted if made.get(name) != wanted[name]]
-    if made and os.path.exists(video):
-        if different:
-            names = ", ".join(different)
-            raise mi.InputError(f"{video} was made with another {names}; name another --out")
+    beside = os.path.splitext(video)[0] + ".json"
+    if os.path.exists(video) and os.path.exists(beside):
+        check_made_so(video, sample.read_recipe(beside), wanted)
         return
-    for path in (video, os.path.splitext(video)[0] + ".json"):  # stopped between the two files
+    for path in (video, beside):  # stopped between the two
         if os.path.exists(path):
             os.remove(path)
     print(f"making   {video}")
-    options = {name: wanted[name] for name in wanted if name not in ("song", "prompt", "seed")}
-    options |= {"seeds": [wanted["seed"]], "device": device, "dtype": dtype, "out": video}
-    sample.generate(wanted["song"], wanted["prompt"], **options)
+    given = {name: value for name, value in where.items() if value is not None}
+    sample.generate(**wanted | given | {"out": video})
+
+
+def check_made_so(video, made, wanted):
+    made, wanted = (json.loads(json.dumps(options)) for options in (made, wanted))
+    different = [name for name in wanted if made.get(name) != wanted[name]]
+    if different:
+        names = ", ".join(different)
+        raise mi.InputError(f"{video} was made with another {names}; name another --out")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -272,14 +276,10 @@ CHANGES = ("as it was", "silence", "half a beat later", f"{FASTER:g} times as fa
 
 def changed_music(music, others, folder):
     """{name of CHANGES: Music}, without another song where there is none."""
-    silence = os.path.join(folder, "silence.wav")
-    if not os.path.exists(silence):
-        os.makedirs(folder, exist_ok=True)
-        mi.ffmpeg("-f", "lavfi", "-i", "anullsrc=r=16000:cl=mono", "-t", 60, silence)
     half_a_beat = float(np.median(np.diff(bt.track_beats(music.song, music.start)))) / 2
     changed = {
         "as it was": music,
-        "silence": Music(silence),
+        "silence": Music(silent_song(folder)),
         "half a beat later": music._replace(start=music.start + half_a_beat),
         f"{FASTER:g} times as fast": music._replace(speed=min(music.speed * FASTER, 10)),
     }
@@ -287,31 +287,36 @@ def changed_music(music, others, folder):
     return changed | ({"another song": swapped[0]} if swapped else {})
 
 
-def counterfactual(video, others, folder, device=None, dtype=None):
+def silent_song(folder, seconds=60, rate=16000):
+    path = os.path.join(folder, "silence.wav")
+    if not os.path.exists(path):
+        with mi.written_whole(path) as temporary, wave.open(temporary, "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(bytes(2 * seconds * rate))
+    return path
+
+
+def counterfactual(video, others, folder, **where):
     """{change: scores} of a video that sample.py made; others: the Music of the other videos."""
-    recipe, music = recipe_of(video), music_of(video)
-    if not recipe.get("prompt") or not isinstance(recipe.get("seed"), int):
+    import sample
+
+    beside = os.path.splitext(video)[0] + ".json"
+    if not os.path.exists(beside):
         raise mi.InputError(f"{video} has no .json of sample.py beside it, to make it again from")
+    recipe, music = sample.read_recipe(beside), music_of(video)
+    recipe.pop("device", None)  # of another machine
     stem = os.path.splitext(os.path.basename(video))[0]
-    original = np.stack(list(bt.read_film(video)))
+    original = bt.film(video)
     rows = {}
     for change, new in changed_music(music, others, folder).items():
         path = video
         if new != music:
             path = os.path.join(folder, f"{stem}-{change.replace(' ', '-')}.mp4")
-            make_video(path, options_again(recipe) | new._asdict(), device, dtype)
+            make_video(path, recipe | new._asdict(), **where)
         rows[change] = answer(path, original, music, new)
     return rows
-
-
-def options_again(recipe):
-    """What sample.generate takes of a recipe, but for the music, the device and the folder."""
-    import sample
-
-    names = {field.name for field in dataclasses.fields(sample.Options)}
-    names -= {"song", "start", "speed", "out", "device", "dtype", "seeds"}
-    names |= {"prompt", "seed", "weights", "adapter"}
-    return {name: value for name, value in recipe.items() if name in names}
 
 
 def answer(path, original, music, new):
@@ -333,14 +338,14 @@ def answer(path, original, music, new):
     return row
 
 
-def counterfactual_report(videos, out, device=None, dtype=None):
+def counterfactual_report(videos, out, **where):
     """Print and return, for each adapter among the videos, a table of the CHANGES."""
     bt.import_librosa()
     musics = {video: music_of(video) for video in videos}
     rows = {}
     for video in videos:
         others = [music for other, music in musics.items() if other != video]
-        rows[video] = counterfactual(video, others, out, device, dtype)
+        rows[video] = counterfactual(video, others, out, **where)
     adapters = {}
     for video in videos:
         adapters.setdefault(recipe_of(video).get("adapter", "?"), []).append(rows[video])
@@ -418,8 +423,8 @@ def main():
     videos = list(dict.fromkeys(o.videos))
     if o.protocol:
         out = o.out or "outputs/protocol"
-        models = o.weights, o.adapter, o.seed, o.device, o.dtype
-        videos += protocol(o.songs, out, *models)
+        where = {"device": o.device, "dtype": o.dtype}
+        videos += protocol(o.songs, out, o.weights, o.adapter, o.seed, **where)
     if videos:
         report(o, videos)
 
@@ -432,7 +437,8 @@ def report(o, videos):
     scores["beats"] = beat_report(videos, o.song)
     if o.counterfactual:
         folder = o.out or "outputs/counterfactual"
-        scores["counterfactual"] = counterfactual_report(videos, folder, o.device, o.dtype)
+        where = {"device": o.device, "dtype": o.dtype}
+        scores["counterfactual"] = counterfactual_report(videos, folder, **where)
     if out:
         mi.save_json(out, scores)
     if o.judge:

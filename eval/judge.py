@@ -93,10 +93,11 @@ def load_judge(folder, device=None, dtype=None):
     if family not in FAMILIES:
         raise mi.InputError(f"{folder} is a {family}; a judge is one of {', '.join(FAMILIES)}")
     name = f"{FAMILIES[family]}ThinkerForConditionalGeneration"
-    model, info = mi.from_pretrained(name, folder, dtype=dtype, output_loading_info=True)
+    how = {"dtype": mi.DTYPES[dtype], "output_loading_info": True}
+    model, info = mi.from_pretrained(name, folder, **how)
     if lacking := info["missing_keys"]:  # transformers would fill them at random
         raise mi.InputError(f"{folder} lacks {len(lacking)} tensors, as {min(lacking)}")
-    print(f"judge    {folder}, {family}, {device}, {str(dtype).removeprefix('torch.')}")
+    print(f"judge    {folder}, {family}, {device}, {dtype}")
     return model.to(device).eval(), mi.from_pretrained("AutoProcessor", folder)
 
 

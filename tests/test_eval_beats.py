@@ -2,26 +2,26 @@
 
 import math
 import os
+import struct
 
+import imageio
 import numpy as np
 import pytest
 import torch
 
 import musicinfuser as mi
 from eval import beats as bt
+from tiny import music
 
 
-def clicks(path, times, seconds, rate=22050):
+def clicks(path, times, seconds, rate=16000):
     """A sound of short clicks, as a wav."""
     samples = np.zeros(round(seconds * rate), np.float32)
     click = np.random.default_rng(0).standard_normal(400) * np.exp(-np.arange(400) / 60)
     for time in times:
         at = round(time * rate)
         samples[at : at + 400] += click[: len(samples) - at]
-    raw = str(path) + ".f32"
-    (samples / 5).astype("<f4").tofile(raw)
-    mi.ffmpeg("-f", "f32le", "-ar", rate, "-ac", 1, "-i", raw, path)
-    os.remove(raw)
+    music.save_wav(path, samples / 5, rate)
     return str(path)
 
 
@@ -185,12 +185,14 @@ def test_a_song_of_hours_is_heard_around_the_video(tmp_path, monkeypatch):
 @pytest.mark.parametrize("sound", ["silent", "not-a-number"])
 def test_a_song_without_a_beat_or_of_no_numbers_is_said(sound, tmp_path):
     pytest.importorskip("librosa")
-    raw, path = tmp_path / "raw", str(tmp_path / f"{sound}.wav")
-    np.full(64000, 0.0 if sound == "silent" else np.nan, "<f4").tofile(raw)
-    load = ("-f", "f32le", "-ar", 16000, "-ac", 1, "-i", raw)
-    mi.ffmpeg(*load, "-c:a", "pcm_f32le", path)
-    with pytest.raises(mi.InputError, match="no beat is heard|no numbers|cannot be read|NaN"):
-        bt.track_beats(path)
+    samples = np.full(64000, 0.0 if sound == "silent" else np.nan, "<f4").tobytes()
+    kind = struct.pack("<HHIIHH", 3, 1, 16000, 64000, 4, 32)  # floats, mono
+    chunks = b"fmt " + struct.pack("<I", 16) + kind + b"data" + struct.pack("<I", len(samples))
+    riff = b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(samples)) + b"WAVE"
+    path = tmp_path / f"{sound}.wav"
+    path.write_bytes(riff + chunks + samples)
+    with pytest.raises(mi.InputError, match="no beat is heard|not numbers"):
+        bt.track_beats(str(path))
 
 
 # Files ------------------------------------------------------------------------------------------
@@ -217,7 +219,8 @@ def test_a_video_of_less_than_a_second_has_no_score(tmp_path):
 
 def test_no_video_and_a_tiny_one_are_one_line(tmp_path):
     (tmp_path / "none.mp4").write_text("not a video")
-    mi.ffmpeg("-f", "lavfi", "-i", "color=red:2x2:d=2", tmp_path / "tiny.gif")
+    red = np.full((2, 2, 3), 200, np.uint8)
+    imageio.mimsave(tmp_path / "tiny.gif", [red, red // 2], format="GIF", duration=500)
     for name, words in (("none.mp4", "cannot be read as video"), ("tiny.gif", "fewer than 4")):
         with pytest.raises(mi.InputError, match=words) as error:
             bt.motion_of(str(tmp_path / name))

@@ -10,6 +10,7 @@ import torch
 import musicinfuser as mi
 from eval import judge as jd
 from eval.beats import film
+from tiny import music
 
 # ----------------------------------------------------------------------------------------------
 # Questions and answers
@@ -234,8 +235,8 @@ def grey(tmp_path_factory):
     the first with the other's sound."""
     folder, paths = tmp_path_factory.mktemp("grey"), []
     for hz in (300, 900):
-        tone = f"sine={hz}:duration=3"
-        mi.ffmpeg("-f", "lavfi", "-i", tone, folder / f"{hz}.wav")
+        tone = 0.5 * np.sin(2 * np.pi * hz * np.arange(3 * 16000) / 16000)
+        music.save_wav(folder / f"{hz}.wav", tone)
     for name, low, hz in (("a", -1.0, 300), ("b", 0.0, 900), ("c", -1.0, 900)):
         video = torch.linspace(low, low + 1, 60)[None, :, None, None].expand(3, 60, 64, 64)
         paths.append(str(folder / f"{name}.mp4"))
