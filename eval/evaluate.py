@@ -6,17 +6,21 @@ Top to bottom:   what is beside a video | beats | the judge | the protocol | cou
 
 import argparse
 import glob
+import itertools
 import json
 import math
 import os
 import wave
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 import musicinfuser as mi
-from dataset.aist import TEST_SONGS
+from dataset.aist import TEST_SONGS, find_videos
+from dataset.clips import Preprocessor
 from eval import beats as bt
 from eval import judge as jd
 from eval import quality
@@ -225,7 +229,7 @@ def protocol_songs(folder):
 
 
 def protocol(songs, out, weights=None, adapter=None, seed=0, **where):
-    """The 100 videos, made where they are not there yet; returns their paths. where: device, dtype."""
+    """The paths of the 100 videos, made where they are not there yet. where: device, dtype."""
     weights = os.path.normpath(weights or mi.default_weights())
     adapter = adapter or os.path.join(weights, "musicinfuser.safetensors")
     videos = []
@@ -378,6 +382,67 @@ def circular(lags):
 
 
 # ----------------------------------------------------------------------------------------------
+# Copies: does the model dance, or does it replay a clip that it was trained on?
+# ----------------------------------------------------------------------------------------------
+
+
+def copy_report(videos, data, wild=None, weights=None, **where):
+    """Print and return how near the nearest training clip is to each video, in the VAE's latents,
+    and how near it is to the clips held out, which are nobody's copy.
+
+    data, wild: as train.py takes them, whose cache is used. Distances are in the deviations of the
+    latents: 0 is a copy.
+    """
+    given = {name: value for name, value in where.items() if value is not None}
+    options, dit = mi.begin(CopyOptions, "sampling", given | {"weights": weights})
+    how = options.size, options.frames, dit.config.fps, options.device, mi.DTYPES[options.dtype]
+    clips = Preprocessor(os.path.join(data, ".musicinfuser"), options.weights, *how)
+    training = clips.clips(find_videos(data, wild))
+    held_out = clips.clips(find_videos(data, split="test"))
+    if not training or not held_out:
+        raise mi.InputError(f"{data} has no clips to compare with; name train.py's --data")
+    made = torch.stack([normalised(encoded(video, options, clips), dit) for video in videos])
+    known = torch.stack([normalised(latents_in(clips, clip), dit) for clip in held_out])
+    bank = (normalised(latents_in(clips, clip), dit) for clip in training)
+    indices, distances = quality.nearest(torch.cat([made, known]), bank)
+    rows = {}
+    for video, i, distance in zip(videos, indices, distances):
+        rows[video] = {"nearest": training[i].name, "distance": distance.item()}
+    held = distances[len(videos) :].tolist()
+    print_copies(rows, held)
+    return {"videos": rows, "held_out": held}
+
+
+@dataclass
+class CopyOptions(mi.VideoOptions, mi.RunOptions):
+    """The size and the length of the clips."""
+
+
+def encoded(video, options, clips):
+    frames = itertools.islice(mi.read_frames(video, *options.size, clips.fps), options.frames)
+    frames = np.stack(list(frames) or [np.zeros((1, 1, 3), np.uint8)])
+    if len(frames) < options.frames:
+        raise mi.InputError(f"{video} has {len(frames)} frames, fewer than a clip's")
+    return quality.latents_of(mi.from_pixels(frames), clips.encoder)
+
+
+def latents_in(clips, clip):
+    return clips.cache.read(clip.latents)["mean"].float()
+
+
+def normalised(latents, dit):
+    return mi.to_dit_space(latents[None], dit.config.mean, dit.config.std)[0]
+
+
+def print_copies(rows, held_out):
+    closest = min(rows, key=lambda video: rows[video]["distance"])
+    lines = {"these videos": [row["distance"] for row in rows.values()], "held out": held_out}
+    cells = [[name, mean_error(d, 3), f"{min(d):.3f}", len(d)] for name, d in lines.items()]
+    print("\n" + markdown(["distance to the nearest training clip", "mean", "least", "of"], *cells))
+    print(f"the nearest to one: {closest} to {rows[closest]['nearest']}")
+
+
+# ----------------------------------------------------------------------------------------------
 # The command line
 # ----------------------------------------------------------------------------------------------
 
@@ -394,7 +459,9 @@ def arguments():
     add("--songs", metavar="DIR", help="... of these songs: mLH4.*, ... or any ten files")
     add("--counterfactual", action="store_true", help="make the videos again to changed music")
     add("--out", metavar="DIR", help="of the videos made; what is there is not made again")
-    add("--weights", help="of --protocol (default as in sample.py)")
+    add("--copied-from", metavar="DATA", help="how near is the nearest clip of train.py's --data?")
+    add("--wild", metavar="DIR", help="... and of its --wild")
+    add("--weights", help="of --protocol and --copied-from (default as in sample.py)")
     add("--adapter", help="of --protocol; a file, or none")
     add("--seed", type=int, default=0, help="of --protocol's first video (default 0)")
     add("--device", help="cuda, cpu, ...; default: cuda if there is one")
@@ -435,9 +502,11 @@ def report(o, videos):
         out = os.path.join(os.path.dirname(videos[0]), "scores.json")
     scores = read_object(out) if out else {}
     scores["beats"] = beat_report(videos, o.song)
+    where = {"device": o.device, "dtype": o.dtype}
+    if o.copied_from:
+        scores["copies"] = copy_report(videos, o.copied_from, o.wild, o.weights, **where)
     if o.counterfactual:
         folder = o.out or "outputs/counterfactual"
-        where = {"device": o.device, "dtype": o.dtype}
         scores["counterfactual"] = counterfactual_report(videos, folder, **where)
     if out:
         mi.save_json(out, scores)

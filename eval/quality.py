@@ -155,14 +155,18 @@ def latents_of(video, encoder):
 
 
 def nearest(queries, bank):
-    """(index (Q,), distance (Q,)) of the nearest of `bank` to each of `queries`.
+    """(indices (Q,), distances (Q,)) of the nearest of `bank` to each of `queries`, stacked.
 
-    queries, bank: features of one shape each, stacked. The distance is the root of the mean
-    squared difference, 0 for a copy, in the features' own unit.
+    bank: yields one after another, of a query's shape, so that a large set needs no memory. The
+    distance is the root of the mean squared difference, in the features' own unit; 0 for a copy.
     """
-    a, b = queries.flatten(1).double(), bank.flatten(1).double()
-    distance, index = torch.cdist(a, b).min(1)
-    return index, distance / math.sqrt(a.shape[1])
+    indices = torch.full((len(queries),), -1)
+    distances = torch.full((len(queries),), math.inf)
+    for i, features in enumerate(bank):
+        found = (queries - features).flatten(1).square().mean(1).sqrt()
+        closer = found < distances
+        indices[closer], distances[closer] = i, found[closer]
+    return indices, distances
 
 
 # ----------------------------------------------------------------------------------------------

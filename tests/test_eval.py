@@ -338,3 +338,25 @@ def test_a_video_without_a_recipe_has_no_counterfactual(tmp_path):
 def test_lags_are_averaged_around_the_circle():
     assert ev.circular([0.45, -0.45]).endswith("0.50 (0.95)")
     assert ev.circular([0.1, 0.1]) == "+0.10 (1.00)"
+
+
+# ----------------------------------------------------------------------------------------------
+# Copies
+# ----------------------------------------------------------------------------------------------
+
+
+def test_a_copy_of_a_training_clip_is_found(weights, dance_videos, tmp_path, capsys):
+    data, wild = str(dance_videos / "aist"), str(dance_videos / "wild")
+    options, dit = mi.begin(ev.CopyOptions, "sampling", {"weights": str(weights)})
+    clips = ev.Preprocessor(f"{data}/.musicinfuser", str(weights), options.size, 7, 30)
+    clip = clips.clips(ev.find_videos(data, wild))[-1]
+    frames = list(mi.read_frames(clip.video.path, *options.size, 30))
+    copy, noise = str(tmp_path / "copy.mp4"), str(tmp_path / "noise.mp4")
+    mi.save_video(copy, mi.from_pixels(frames[clip.start : clip.start + 7]))
+    mi.save_video(noise, torch.rand(3, 7, 32, 32) * 2 - 1)
+    report = ev.copy_report([copy, noise], data, wild, str(weights), device="cpu")
+    rows = report["videos"]
+    assert rows[copy]["nearest"] == clip.name
+    assert rows[copy]["distance"] < 0.5 * rows[noise]["distance"]
+    assert len(report["held_out"]) == 2 and min(report["held_out"]) > rows[copy]["distance"]
+    assert "| held out |" in capsys.readouterr().out

@@ -148,7 +148,7 @@ def test_a_missing_pyiqa_is_one_line(monkeypatch):
 def test_a_copy_is_found_at_distance_zero(encoder):
     bank = torch.stack([quality.latents_of(clip, encoder) for clip in clips(4)])
     queries = torch.stack([bank[2], bank[1] + 0.5])
-    index, distance = quality.nearest(queries, bank)
+    index, distance = quality.nearest(queries, iter(bank))
     assert index.tolist() == [2, 1]
     assert distance.tolist() == pytest.approx([0, 0.5], abs=1e-4)
 
