@@ -13,6 +13,8 @@ from conftest import PROMPT, ROOT
 import musicinfuser as mi
 from dataset.aist import TEST_SONGS
 from eval import beats as bt
+from eval import beside, copies, protocol
+from eval import counterfactual as cf
 from eval import evaluate as ev
 from eval import judge as jd
 from tiny import music, world
@@ -187,7 +189,7 @@ RECIPES = {
 def test_a_recipe_that_is_none_is_one_line(words, tmp_path):
     (tmp_path / "a.json").write_text(RECIPES[words])
     with pytest.raises(mi.InputError) as error:
-        ev.music_of(str(tmp_path / "a.mp4"))
+        beside.music_of(str(tmp_path / "a.mp4"))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -261,44 +263,44 @@ def generate(monkeypatch):
 
 
 def test_protocol_makes_what_is_missing(generate, tmp_path, monkeypatch):
-    monkeypatch.setattr(ev, "PROMPTS", ev.PROMPTS[:2])
+    monkeypatch.setattr(protocol, "PROMPTS", protocol.PROMPTS[:2])
     for name in TEST_SONGS:
         os.link(SONG, tmp_path / f"{name}.wav")
     (tmp_path / "more.wav").write_bytes(b"")
     monkeypatch.setattr(sys.modules[__name__], "FRAMES", 7)
     options = (str(tmp_path), str(tmp_path / "out"), "tiny")
-    videos = ev.protocol(*options)
+    videos = protocol.protocol(*options)
     assert len(videos) == len(generate) == 20
     assert os.path.basename(videos[3]) == "mKR2-1.mp4"
-    assert [ev.recipe_of(video)["seed"] for video in videos] == list(range(20))
+    assert [beside.recipe_of(video)["seed"] for video in videos] == list(range(20))
     os.remove(tmp_path / "out" / "mKR2-1.json")  # as if it had been stopped there
-    assert ev.protocol(*options) == videos and len(generate) == 21
+    assert protocol.protocol(*options) == videos and len(generate) == 21
     with pytest.raises(mi.InputError, match="made with another adapter; name another --out"):
-        ev.protocol(*options, adapter="none")
+        protocol.protocol(*options, adapter="none")
 
 
 def test_protocol_songs_are_the_held_out_ones_or_any_ten(tmp_path):
     for name in TEST_SONGS[1:]:
         (tmp_path / f"{name}.mp3").write_bytes(b"")
     with pytest.raises(mi.InputError, match="lacks the held-out mLH4,"):
-        ev.protocol_songs(str(tmp_path))
+        protocol.protocol_songs(str(tmp_path))
     (tmp_path / "mLH4.wav").write_bytes(b"")
-    assert ev.protocol_songs(str(tmp_path))[0] == str(tmp_path / "mLH4.wav")
+    assert protocol.protocol_songs(str(tmp_path))[0] == str(tmp_path / "mLH4.wav")
     ten = tmp_path / "ten"
     ten.mkdir()
     for i in range(10):
         (ten / f"{i}.wav").write_bytes(b"")
-    assert len(ev.protocol_songs(str(ten))) == 10
+    assert len(protocol.protocol_songs(str(ten))) == 10
     (ten / "11.wav").write_bytes(b"")
     with pytest.raises(mi.InputError, match="ten others"):
-        ev.protocol_songs(str(ten))
+        protocol.protocol_songs(str(ten))
 
 
 def test_the_papers_prompts_are_as_it_prints_them():
     first = (
         "a male dancer dancing in an art gallery with some paintings, captured from a front view"
     )
-    assert ev.PROMPTS[0] == first and len(set(ev.PROMPTS)) == 10
+    assert protocol.PROMPTS[0] == first and len(set(protocol.PROMPTS)) == 10
 
 
 # ----------------------------------------------------------------------------------------------
@@ -312,18 +314,19 @@ def test_counterfactuals_of_a_dancer_who_follows(generate, slower, tmp_path, cap
     folder = str(tmp_path / "out")
     video = dance(tmp_path / "a.mp4", weights="tiny", steps=3)
     other = dance(tmp_path / "b.mp4", song=slower, adapter="none")
-    rows = ev.counterfactual(video, [ev.music_of(other)], folder)
-    assert list(rows) == list(ev.CHANGES) and len(generate) == 4
+    rows = cf.counterfactual(video, [beside.music_of(other)], folder)
+    assert list(rows) == list(cf.CHANGES) and len(generate) == 4
     assert rows["as it was"]["picture"] == 0 and rows["as it was"]["r"] > 0.6
-    shifted, faster = rows[ev.CHANGES[2]], rows[ev.CHANGES[3]]
+    shifted, faster = rows[cf.CHANGES[2]], rows[cf.CHANGES[3]]
     assert shifted["r"] > 0.6 and shifted["r_before"] < -0.6
     assert abs(shifted["lag"]) > 0.4 and abs(rows["as it was"]["lag"]) < 0.1
     assert faster["tempo"] == pytest.approx(1, abs=0.05) and faster["picture"] > 0.01
     assert "r" not in rows["silence"]
-    made = ev.recipe_of(os.path.join(folder, "a-silence.mp4"))
+    (silent,) = (path for path in generate if path.endswith("silence.mp4"))
+    made = beside.recipe_of(silent)
     assert made["seed"] == 0 and made["prompt"] == PROMPT and made["steps"] == 3
-    again = ev.counterfactual_report([video], folder)
-    assert len(generate) == 4 and "another song" in ev.counterfactual_table([rows])
+    again = cf.counterfactual_report([video], folder)
+    assert len(generate) == 4 and "another song" in cf.counterfactual_table([rows])
     assert "adapter tiny, 1 videos" in capsys.readouterr().out and list(again) == ["videos"]
 
 
@@ -332,12 +335,12 @@ def test_a_video_without_a_recipe_has_no_counterfactual(tmp_path):
     video = dance(tmp_path / "a.mp4")
     os.remove(tmp_path / "a.json")
     with pytest.raises(mi.InputError, match="no .json of sample.py beside it"):
-        ev.counterfactual(video, [], str(tmp_path / "out"))
+        cf.counterfactual(video, [], str(tmp_path / "out"))
 
 
 def test_lags_are_averaged_around_the_circle():
-    assert ev.circular([0.45, -0.45]).endswith("0.50 (0.95)")
-    assert ev.circular([0.1, 0.1]) == "+0.10 (1.00)"
+    assert cf.circular([0.45, -0.45]).endswith("0.50 (0.95)")
+    assert cf.circular([0.1, 0.1]) == "+0.10 (1.00)"
 
 
 # ----------------------------------------------------------------------------------------------
@@ -347,14 +350,14 @@ def test_lags_are_averaged_around_the_circle():
 
 def test_a_copy_of_a_training_clip_is_found(weights, dance_videos, tmp_path, capsys):
     data, wild = str(dance_videos / "aist"), str(dance_videos / "wild")
-    options, dit = mi.begin(ev.CopyOptions, "sampling", {"weights": str(weights)})
-    clips = ev.Preprocessor(f"{data}/.musicinfuser", str(weights), options.size, 7, 30)
-    clip = clips.clips(ev.find_videos(data, wild))[-1]
+    options, dit = mi.begin(copies.Options, "sampling", {"weights": str(weights)})
+    preprocessor = copies.Preprocessor(f"{data}/.musicinfuser", str(weights), options.size, 7, 30)
+    clip = preprocessor.clips(copies.find_videos(data, wild))[-1]
     frames = list(mi.read_frames(clip.video.path, *options.size, 30))
     copy, noise = str(tmp_path / "copy.mp4"), str(tmp_path / "noise.mp4")
     mi.save_video(copy, mi.from_pixels(frames[clip.start : clip.start + 7]))
     mi.save_video(noise, torch.rand(3, 7, 32, 32) * 2 - 1)
-    report = ev.copy_report([copy, noise], data, wild, str(weights), device="cpu")
+    report = copies.copy_report([copy, noise], data, wild, str(weights), device="cpu")
     rows = report["videos"]
     assert rows[copy]["nearest"] == clip.name
     assert rows[copy]["distance"] < rows[noise]["distance"]
