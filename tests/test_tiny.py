@@ -1,0 +1,233 @@
+"""The toy world: its captions, its pictures, its songs, and the command that trains tiny/."""
+
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import musicinfuser as mi
+from tiny import make, music, recordings, world
+
+TINY = make.HERE
+
+
+def scenes(number, **fixed):
+    rng = np.random.default_rng(0)
+    return [world.draw_scene(rng, **fixed) for _ in range(number)], rng
+
+
+# Captions
+
+
+def test_caption_names_the_colour_unless_it_is_the_usual_one():
+    drawn, rng = scenes(300)
+    for scene in drawn:
+        text, told = world.caption(scene, rng)
+        named = [colour for colour in world.COLOURS if colour in re.findall(r"\w+", text.lower())]
+        usual = scene["colour"] == world.USUAL[scene["subject"]]
+        assert named == [scene["colour"]] or (usual and not named), text
+        assert told["colour"] == (scene["colour"] if named else None)
+
+
+def test_caption_leaves_out_only_the_usual_place_and_camera():
+    drawn, rng = scenes(300)
+    for scene in drawn:
+        _, told = world.caption(scene, rng)
+        assert told["place"] == scene["place"] or (told["place"], scene["place"]) == (
+            None,
+            "studio",
+        )
+        assert told["camera"] == scene["camera"] or (told["camera"], scene["camera"]) == (
+            None,
+            "01",
+        )
+
+
+def test_aist_name_is_read_by_the_data_set():
+    from dataset.aist import NAME
+
+    drawn, rng = scenes(20, subject="person")
+    for scene in drawn:
+        genre, _, camera, dancers, song = NAME.search(world.aist_name(scene, "BR0", rng)).groups()
+        assert (genre, camera, song) == (scene["genre"], scene["camera"], "BR0")
+        assert dancers.count("_d") == scene["count"]
+
+
+def test_tokenizer_files_agree_on_every_caption():
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = os.path.join(TINY, "tokenizer")
+    slow = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "spiece.model"))
+    fast = mi.from_pretrained("AutoTokenizer", folder)
+    pieces = [slow.id_to_piece(i) for i in range(slow.get_piece_size())]
+    assert fast.convert_ids_to_tokens(range(len(fast))) == pieces
+    drawn, rng = scenes(100)
+    texts = [world.caption(scene, rng)[0] for scene in drawn]
+    for text in [*texts, "Zebras,\tin  NEW\nYork!", ""]:
+        assert fast(text).input_ids == slow.encode(text) + [slow.eos_id()]
+
+
+# Pictures
+
+
+def test_dance_rests_on_the_beat_and_moves_between():
+    beat = torch.arange(0, 8, 0.05)
+    speed = world.dance("BR", True, beat).diff(dim=0).abs().sum(1)
+    phase = (beat[:-1] + 0.025) % 1
+    resting = speed[(phase < 0.06) | (phase > 0.94)].mean()
+    assert resting < 0.2 * speed[(phase > 0.4) & (phase < 0.6)].mean()
+
+
+def test_scene_is_rendered_alike_each_time_in_its_colour():
+    (scene,), rng = scenes(1, subject="dog", colour="blue", place="studio", count=1)
+    beat = world.steady_beat(rng, 7)
+    film = world.render(scene, beat)
+    assert film.shape == (7, world.SIZE, world.SIZE, 3) and film.dtype == np.uint8
+    assert (film == world.render(scene, beat)).all()
+    blue = film[..., 2].astype(int) - film[..., 0]
+    assert (blue > 80).mean() > 0.02
+
+
+@pytest.mark.parametrize("subject", world.SUBJECTS)
+def test_three_dancers_are_three(subject):
+    """Columns of the background stay between them, at rest in the plainest pose."""
+    (scene,), _ = scenes(1, subject=subject, count=3, place="studio", colour="red", camera="01")
+    film = world.render(scene | {"genre": "PO", "advanced": False}, torch.zeros(1))[0].astype(int)
+    figure = (film[..., 0] - film[..., 2] > 60).any(0)
+    groups = np.diff(np.flatnonzero(np.diff(np.pad(figure, 1).astype(int)) == 1)).size + 1
+    assert groups == 3 or figure.mean() > 0.6
+
+
+# Songs
+
+
+def onset_strength(song, tempo, shift):
+    """How much louder the song becomes within 30 ms after each beat, `shift` of a beat late."""
+    power = np.square(song).reshape(-1, 160).mean(1)  # 10 ms
+    rise = np.maximum(np.diff(np.sqrt(power)), 0)
+    at = ((np.arange(0, len(song) / music.RATE - 1, 60 / tempo) + shift * 60 / tempo) * 100).astype(
+        int
+    )
+    return np.mean([rise[max(0, i - 1) : i + 3].max() for i in at])
+
+
+@pytest.mark.parametrize("genre,tempo", [("HO", 124), ("BR", 100), ("WA", 112)])
+def test_song_has_its_beats_where_the_synthesiser_says(genre, tempo):
+    song = music.compose(genre, tempo, seed=4, seconds=10.0)
+    assert len(song) == 10 * music.RATE and song.dtype == np.float32 and np.abs(song).max() <= 1
+    on = onset_strength(song, tempo, 0)
+    assert all(on > 1.2 * onset_strength(song, tempo, shift) for shift in (0.13, 0.37, 0.63, 0.88))
+
+
+def test_song_follows_from_its_seed():
+    one, again = (music.compose("JB", 80, seed=1, seconds=3.0) for _ in range(2))
+    assert (one == again).all()
+    assert np.abs(one - music.compose("JB", 80, seed=2, seconds=3.0)).max() > 0.1
+
+
+def test_tempos_are_within_the_world():
+    rng = np.random.default_rng(0)
+    tempos = [music.draw_tempo(rng, genre) for genre in [None, *world.GENRES] for _ in range(20)]
+    assert min(tempos) >= music.SLOWEST and max(tempos) <= music.FASTEST
+
+
+def test_recorded_song_keeps_its_length():
+    song, rng = music.compose("PO", 110, seed=1, seconds=2.0), np.random.default_rng(0)
+    for _ in range(8):
+        rough = music.recorded(song, rng)
+        assert len(rough) == len(song) and np.isfinite(rough).all()
+
+
+@pytest.mark.skipif(not shutil.which("fluidsynth"), reason="takes fluidsynth")
+def test_sampled_song_has_its_beats():
+    try:
+        fonts, kits = music.find_sounds("/usr/share")
+    except mi.InputError:
+        pytest.skip("no sound fonts")
+    kits = [music.load_kit(kits[0])]
+    song = music.play_sampled("HO", 120, 1, 5.0, fonts, kits)
+    assert len(song) == 5 * music.RATE and song.std() > 0.01
+
+
+def test_missing_sounds_are_one_line(tmp_path):
+    with pytest.raises(mi.InputError, match="apt-get install fluidsynth"):
+        music.find_sounds(tmp_path)
+    with pytest.raises(mi.InputError, match="apt-get install"):
+        recordings.find_recordings(tmp_path, recordings.VALIDATION)
+
+
+def test_no_package_is_both_trained_on_and_kept_back():
+    assert not recordings.TRAINING.keys() & recordings.VALIDATION.keys()
+
+
+def test_midi_file_and_chart_agree(tmp_path):
+    """chart_beats finds quarters at 120 BPM in what midi_file writes, and at 60 after a change."""
+    notes = [music.Note(0, "bass", 40, 2, 0.5)]
+    midi = music.midi_file(notes, [0.0], 120, np.random.default_rng(0))
+    path = tmp_path / "notes.mid"
+    path.write_bytes(midi)
+    assert np.allclose(recordings.chart_beats(path, 2.1), [0, 0.5, 1, 1.5, 2])
+    change = b"\x83\x74\xff\x51\x03\x0f\x42\x40"  # a second a quarter, after 500 ticks
+    end = midi.index(b"\xff\x51\x03\x07\xa1\x20") + 6
+    track = midi[midi.index(b"MTrk") + 8 : end] + change + b"\x00\xff\x2f\x00"
+    path.write_bytes(midi[:14] + b"MTrk" + len(track).to_bytes(4, "big") + track)
+    assert np.allclose(recordings.chart_beats(path, 3.6), [0, 0.5, 1.5, 2.5, 3.5])
+
+
+def test_beat_at_goes_on_beyond_the_ends():
+    beats = np.array([1.0, 1.5, 2.0, 3.0])
+    assert np.allclose(
+        recordings.beat_at(beats, np.array([0.5, 1.25, 2.5, 4.0])), [-1, 0.5, 2.5, 4]
+    )
+
+
+def test_crop_knows_its_beats():
+    piece = make.as_piece(music.compose("HO", 120, 1, 10.0), "HO", 120, "synthesiser")
+    rng = np.random.default_rng(0)
+    for rougher in (False, True):
+        samples, beat, genre = make.crop_of(piece, make.CLIP, rng, rougher)
+        assert len(samples) == int(np.ceil(make.CLIP * music.RATE)) and len(beat) == 126
+        assert genre == list(world.GENRES).index("HO")
+        tempo = 60 * np.diff(beat).mean() / make.TOKEN
+        assert 97 < tempo < 147 if rougher else abs(tempo - 120) < 0.1
+
+
+# The command
+
+
+def test_help_tells_the_stages_and_renders_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        make.parse(["data", "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and all(stage in text for stage in make.STAGES)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments", (["nonsense"], ["vae", "nonsense"], ["data", "toy", "nonsense"])
+)
+def test_unknown_stage_is_one_line(arguments):
+    with pytest.raises(mi.InputError, match="^no stage .*; there are vae, text, .*$") as raised:
+        make.parse(arguments)
+    assert "\n" not in str(raised.value)
+
+
+def test_data_takes_a_folder_and_a_number():
+    options = make.parse(["data", "somewhere", "--videos", "4"])
+    assert (options.stages, options.folder, options.videos) == (["data"], "somewhere", 4)
+    with pytest.raises(mi.InputError, match="--videos"):
+        make.parse(["data", "--videos", "0"])
+
+
+def test_data_is_what_training_finds(tmp_path):
+    from dataset.aist import find_videos
+
+    make.make_data(make.parse(["data", str(tmp_path), "--videos", "4", "--sounds", ""]))
+    aist = find_videos(tmp_path / "aist", split="test")
+    wild = find_videos(tmp_path / "aist", tmp_path / "wild")
+    assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]
+    frames = list(mi.read_frames(aist[0].path, world.SIZE, world.SIZE, crop=aist[0].crop))
+    assert len(frames) >= world.FRAMES

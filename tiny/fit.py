@@ -1,0 +1,123 @@
+"""The loop that trains every stage of tiny/make.py: resumable, and the same whether it was stopped or not."""
+
+import math
+import os
+import time
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
+
+import musicinfuser as mi
+from tiny.studio import WORK
+
+
+def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
+    """Train `parameters`, {name: tensor}, in place; they end as the moving average of the weights.
+
+    loss(step) -> (loss, {name: number to show}): its randomness must follow from the step alone, so that a run that was
+    stopped goes on as if it had not been. The rate falls with a cosine. Saved every `save_every` seconds.
+    """
+    run = Fit(name, parameters)
+    start, saved, shown = run.resume(), time.time(), {}
+    bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
+    for step in bar:
+        run.put(run.masters)
+        value, numbers = loss(step)
+        value.backward()
+        cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+        run.update(step, lr * min((step + 1) / warmup, cosine))
+        for key, number in numbers.items():
+            shown[key] = 0.95 * shown.get(key, float(number)) + 0.05 * float(number)
+        text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
+        bar.set_postfix_str(text, refresh=False)
+        if time.time() - saved > save_every or step == steps - 1:
+            run.save(step + 1)
+            saved = time.time()
+    run.put(run.average)
+
+
+class Fit:
+    """Muon for the matrices, AdamW for the rest, on float32 copies of the parameters, so that bfloat16 ones (four times
+    as fast where the CPU has AMX) lose nothing; and the moving average of the copies."""
+
+    def __init__(self, name, parameters, decay=0.998):
+        self.path = os.path.join(WORK, f"{name}.safetensors")
+        self.parameters, self.decay = parameters, decay
+        self.masters = {}
+        for key, p in parameters.items():
+            flat = p.detach().float().flatten(1 if p.ndim > 1 else 0)
+            self.masters[key] = flat.clone().requires_grad_()
+        self.average = {key: m.detach().clone() for key, m in self.masters.items()}
+        hidden = [m for m in self.masters.values() if is_matrix(m)]
+        others = [m for m in self.masters.values() if not is_matrix(m)]
+        self.muon = torch.optim.Muon(hidden, weight_decay=0, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=0, fused=True)
+
+    def optimiser_of(self, master):
+        return self.muon if is_matrix(master) else self.adamw
+
+    def put(self, weights):
+        for key, p in self.parameters.items():
+            p.data.copy_(weights[key].view_as(p))
+
+    def update(self, step, rate):
+        for key, p in self.parameters.items():
+            master = self.masters[key]
+            master.grad = None if p.grad is None else p.grad.float().view_as(master)
+            p.grad = None
+        nn.utils.clip_grad_norm_(self.masters.values(), 1.0)
+        for optimiser in (self.muon, self.adamw):
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            optimiser.step()
+        keep = min(self.decay, (1 + step) / (10 + step))
+        masters = [m.detach() for m in self.masters.values()]
+        torch._foreach_lerp_(list(self.average.values()), masters, 1 - keep)
+
+    def save(self, step):
+        state = {}
+        for key, master in self.masters.items():
+            state[f"master.{key}"] = master
+            state[f"average.{key}"] = self.average[key]
+            moments = self.optimiser_of(master).state.get(master, {})
+            state |= {f"{name}.{key}": moment for name, moment in moments.items() if name != "step"}
+        mi.save_safetensors(self.path, state, {"step": str(step)})
+
+    def resume(self):
+        """The step to go on from."""
+        if not os.path.exists(self.path):
+            return 0
+        tensors, metadata = mi.read_safetensors(self.path)
+        step = int(metadata["step"])
+        for key, master in self.masters.items():
+            master.data.copy_(tensors[f"master.{key}"])
+            self.average[key].copy_(tensors[f"average.{key}"])
+            names = ["momentum_buffer"] if is_matrix(master) else ["exp_avg", "exp_avg_sq"]
+            if f"{names[0]}.{key}" not in tensors:  # a parameter that never had a gradient
+                continue
+            moments = {name: tensors[f"{name}.{key}"].clone() for name in names}
+            if not is_matrix(master):
+                moments["step"] = torch.tensor(float(step))
+            self.optimiser_of(master).state[master] = moments
+        return step
+
+
+def is_matrix(master):
+    return master.ndim > 1 and min(master.shape) > 16
+
+
+def named(**modules):
+    """{name: parameter} of several modules."""
+    parameters = {}
+    for name, module in modules.items():
+        parameters |= {f"{name}.{key}": p for key, p in module.named_parameters()}
+    return parameters
+
+
+def as_bfloat16(module):
+    """The matrices, as load_dit does; trainable."""
+    for layer in module.modules():
+        if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            layer.to(torch.bfloat16)
+    return module.requires_grad_(True)

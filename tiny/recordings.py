@@ -1,0 +1,178 @@
+"""Real recordings with beats that can be trusted, for the audio encoder: songs with charts, and game music where two
+beat trackers agree. They come from Debian's packages; none of them is in this repository."""
+
+import glob
+import os
+import shutil
+import subprocess
+import tempfile
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+import musicinfuser as mi
+from tiny.music import FASTEST, RATE, SLOWEST, save_wav
+
+# fmt: off
+TRAINING = {  # Debian package: its recordings, below --sounds
+    "fretsonfire-songs-muldjord": "games/fretsonfire/data/songs/muldjord/*/song.ogg",
+    "hedgewars-data": "games/hedgewars/Data/Music/*.ogg",
+    "hyperrogue-music": "hyperrogue/music/hr3-*.ogg",
+    "supertux-data": "games/supertux2/music/*/*.ogg",
+    "warzone2100-music": "games/warzone2100/music/**/*.opus",
+}
+VALIDATION = {  # kept back whole
+    "fretsonfire-songs-sectoid": "games/fretsonfire/data/songs/sectoid/*/song.ogg",
+    "singularity-music": "games/singularity/music/**/*.ogg",
+}
+# fmt: on
+
+
+LONGEST = 100.0  # seconds of each recording
+LATE = 0.02  # seconds by which librosa hears a beat too late
+
+
+class Piece(NamedTuple):
+    samples: np.ndarray  # at 16 kHz, float16: half the memory
+    beats: np.ndarray  # (K,), seconds
+    genre: int  # its place in world.GENRES, or -1
+    source: str
+
+
+def beat_at(beats, times):
+    """Positions in beats; beyond the first and the last beat at their tempo."""
+    i = np.clip(np.searchsorted(beats, times) - 1, 0, len(beats) - 2)
+    return i + (times - beats[i]) / (beats[i + 1] - beats[i])
+
+
+def find_recordings(folder, packages):
+    """[(package, file)] below `folder`, /usr/share where the packages are installed."""
+    found = []
+    for package, pattern in packages.items():
+        files = sorted(glob.glob(os.path.join(folder, pattern), recursive=True))
+        if not files:
+            raise mi.InputError(
+                f"no {pattern} in {folder}: apt-get install {package}, or unpack it and name the folder with --sounds"
+            )
+        found += [(package, file) for file in files]
+    return found
+
+
+def pieces_of(folder, packages):
+    """The parts of the recordings whose beats are known, as Pieces."""
+    pieces = []
+    for package, file in tqdm(find_recordings(folder, packages), "recordings", mininterval=10):
+        samples = mi.load_audio(file, 0, LONGEST).numpy()
+        chart = os.path.join(os.path.dirname(file), "notes.mid")
+        if os.path.exists(chart):
+            guitar = mi.load_audio(
+                os.path.join(os.path.dirname(file), "guitar.ogg"), 0, LONGEST
+            ).numpy()
+            samples = samples[: len(guitar)] + guitar[: len(samples)]
+            runs = [chart_beats(chart, len(samples) / RATE)]
+        else:
+            runs = agreed_beats(file, samples)
+        for beats in runs:
+            pieces.append(cut_out(samples, beats, file))
+    return pieces
+
+
+def cut_out(samples, beats, source):
+    start = max(0, int((beats[0] - 0.5) * RATE))
+    end = int((beats[-1] + 0.5) * RATE)
+    return Piece(samples[start:end].astype(np.float16), beats - start / RATE, -1, source)
+
+
+# --------------------------------------------------------------------------------------------------
+# Two beat trackers
+# --------------------------------------------------------------------------------------------------
+
+
+def aubio_beats(path):
+    """Of a file's first LONGEST seconds, at the rate that aubio's notion of tempo is made for."""
+    if not shutil.which("aubio"):
+        raise mi.InputError("the second beat tracker is missing: apt-get install aubio-tools")
+    with tempfile.TemporaryDirectory() as folder:
+        wav = os.path.join(folder, "song.wav")
+        save_wav(wav, mi.load_audio(path, 0, LONGEST, rate=44100).numpy(), 44100)
+        run = subprocess.run(["aubio", "beat", "-i", wav], capture_output=True, text=True)
+    return np.array([float(line) for line in run.stdout.split()])
+
+
+def librosa_beats(samples):
+    import librosa
+
+    beats = librosa.beat.beat_track(y=samples, sr=RATE, hop_length=256, units="time")[1]
+    return beats - LATE
+
+
+def agreed_beats(path, samples, shortest=9):
+    """[beats (K,)]: the runs of at least so many beats on which librosa and aubio agree, in level and in phase."""
+    one, other = librosa_beats(samples), aubio_beats(path)
+    if len(one) < shortest or len(other) < shortest:
+        return []
+    period = np.gradient(one)
+    nearest = np.abs(one[:, None] - other).argmin(1)
+    level = np.gradient(other)[nearest] / period
+    fits = (np.abs(one - other[nearest]) < 0.12 * period) & (np.abs(level - 1) < 0.15)
+    fits &= (60 / FASTEST <= period) & (period <= 60 / SLOWEST)
+    beats = (one + other[nearest]) / 2
+    return [run[1:] for run in np.split(beats, np.flatnonzero(~fits)) if len(run) > shortest]
+
+
+# --------------------------------------------------------------------------------------------------
+# Charts
+# --------------------------------------------------------------------------------------------------
+
+
+def chart_beats(path, seconds):
+    """The times of the quarter notes up to `seconds`, by the tempos in a MIDI file."""
+    with open(path, "rb") as file:
+        data = file.read()
+    per_beat = int.from_bytes(data[12:14], "big")
+    changes = sorted(tempo_changes(data)) or [(0, 500_000)]
+    beats, now, beat = [], 0.0, 0  # seconds; how many quarters have begun
+    for (tick, micros), (after, _) in zip(changes, changes[1:] + [(10**9, 0)]):
+        second = micros / 1e6 / per_beat  # a tick
+        while beat * per_beat < after and now + (beat * per_beat - tick) * second < seconds:
+            beats.append(now + (beat * per_beat - tick) * second)
+            beat += 1
+        now += (after - tick) * second
+    return at_dancing_level(np.array(beats))
+
+
+def at_dancing_level(beats):  # every second one where there are too many
+    return beats[::2] if np.median(np.diff(beats)) < 60 / FASTEST else beats
+
+
+def tempo_changes(data):
+    """[(tick, microseconds a quarter)] of all tracks of a MIDI file."""
+    changes, at = [], 14
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "big")
+        at, tick, status = at + 8, 0, 0
+        while at < end:
+            delta, at = read_number(data, at)
+            tick += delta
+            if data[at] & 128:
+                status, at = data[at], at + 1
+            if status == 0xFF or status in (0xF0, 0xF7):
+                kind = data[at] if status == 0xFF else None
+                length, at = read_number(data, at + (status == 0xFF))
+                if kind == 0x51:
+                    changes.append((tick, int.from_bytes(data[at : at + 3], "big")))
+                at += length
+            else:
+                at += 1 if status >> 4 in (0xC, 0xD) else 2
+        at = end
+    return changes
+
+
+def read_number(data, at):  # MIDI's, of seven bits a byte: (number, where the next thing begins)
+    number = 0
+    while True:
+        number = number << 7 | data[at] & 127
+        at += 1
+        if not data[at - 1] & 128:
+            return number, at

@@ -1,0 +1,203 @@
+"""What came of it: the figures of README's table, and its pictures."""
+
+import math
+import os
+from typing import NamedTuple
+
+import imageio
+import numpy as np
+import torch
+
+import musicinfuser as mi
+from dataset.aist import PLAIN
+from eval.beats import beat_correlation, motion_energy, motion_tempo
+from eval.quality import features, frechet_distance, gaussian, load_reference
+from eval.style import style
+from tiny import music, recordings, world
+from tiny.studio import WORK, Studio, frozen_encoder, in_folder
+from tiny.world import FPS, FRAMES
+
+
+class Song(NamedTuple):
+    path: str
+    start: float  # of the clip in it, seconds
+    beats: np.ndarray  # (K,), seconds
+    genre: str
+
+
+def report(adapter=None, count=32, sounds=None):
+    """Print the figures of the shipped adapter, or of another; only the shipped one's pictures are kept."""
+    studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
+    songs = unseen_songs(count)
+    people, dogs = prompts_of("person", count), prompts_of("dog", count)
+    for subject in ("person", "dog"):
+        line(f"ground truth, {subject}", ground_truth(subject, songs), songs)
+    first = filmed(studio, "people", people, songs)
+    second = filmed(studio, "dogs", dogs, songs)
+    for speed in (0.75, 1.25):
+        filmed(studio, f"people, speed {speed}", people, songs, speed)
+        filmed(studio, f"dogs, speed {speed}", dogs, songs, speed)
+    filmed(studio, "people, music cfg 0", people, songs, music_cfg=0.0)
+    if sounds:
+        filmed(studio, "people, sampled instruments", people, sampled_songs(count, sounds))
+        real = recorded_songs(count, sounds)
+        filmed(studio, "people, recordings", people[: len(real)], real)
+    films = studio.film([PLAIN] * count, windows_of(songs, 1.0))
+    beats = [beats_of(song, 1.0, FRAMES) for song in songs]
+    share = style(films, beats, [song.genre for song in songs])[0]
+    print(f"style: the dance is the music's genre's in {share:.2f} (chance 0.1)", flush=True)
+    print_long(studio, people[:8], songs[:8])
+    print(f"Frechet distance of the prior's clips: {frechet():.3f}")
+    if not adapter:
+        contact_sheet(in_folder("contact_sheet.jpg"), [*first[2:7], *second[:5]])
+        moving_picture(in_folder("dancing.gif"), [*first[:4], *second[:4]])
+
+
+def prompts_of(subject, count, seed=7):
+    rng = np.random.default_rng((seed, world.SUBJECTS.index(subject)))
+    scenes = [world.draw_scene(rng, subject=subject, camera="01") for _ in range(count)]
+    return [world.caption(scene, rng)[0] for scene in scenes]
+
+
+# --------------------------------------------------------------------------------------------------
+# Songs
+# --------------------------------------------------------------------------------------------------
+
+
+def unseen_songs(count):
+    """Songs that no stage was trained on, one genre after another, 80 to 144 BPM, so that three quarters and five
+    quarters of their tempos lie within what was seen."""
+    return [unseen_song(i, music.compose) for i in range(count)]
+
+
+def sampled_songs(count, sounds):
+    fonts, kits = music.find_sounds(sounds)
+    kits = [music.load_kit(kit) for kit in kits]
+
+    def play(genre, tempo, seed, seconds):
+        return music.play_sampled(genre, tempo, seed, seconds, fonts, kits)
+
+    return [unseen_song(i, play) for i in range(count)]
+
+
+def unseen_song(i, make):
+    genre = list(world.GENRES)[i % len(world.GENRES)]
+    rng = np.random.default_rng((77, i))
+    tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
+    path = os.path.join(WORK, "songs", f"{make.__name__}-{genre}{i}.wav")
+    if not os.path.exists(path):
+        music.save_wav(path, make(genre, tempo, 900_000 + i, 20.0))
+    return Song(path, float(rng.uniform(0, 3)), np.arange(0, 20, 60 / tempo), genre)
+
+
+def recorded_songs(count, sounds):
+    """Parts of recordings of the packages that were kept back, at most two of each."""
+    songs, used = [], {}
+    for i, piece in enumerate(recordings.pieces_of(sounds, recordings.VALIDATION)):
+        used[piece.source] = used.get(piece.source, 0) + 1
+        if used[piece.source] > 2 or len(piece.samples) < 4 * music.RATE or len(songs) == count:
+            continue
+        path = os.path.join(WORK, "songs", f"recording-{i}.wav")
+        music.save_wav(path, music.level(piece.samples.astype(np.float32)))
+        songs.append(Song(path, 0.6, piece.beats, ""))
+    return songs
+
+
+def windows_of(songs, speed):
+    return [(song.path, song.start, speed) for song in songs]
+
+
+def beats_of(song, speed, frames):
+    """The position in the song of each frame, in beats."""
+    times = song.start + speed * np.arange(frames) / FPS
+    return recordings.beat_at(song.beats, times)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
+
+
+def ground_truth(subject, songs):
+    rng = np.random.default_rng(8)
+    films = []
+    for song in songs:
+        scene = world.draw_scene(rng, subject=subject, camera="01")
+        films.append(world.render(scene, torch.from_numpy(beats_of(song, 1.0, FRAMES))))
+    return films
+
+
+def filmed(studio, name, prompts, songs, speed=1.0, **given):
+    films = studio.film(prompts, windows_of(songs, speed), **given)
+    line(name, films, songs, speed)
+    return films
+
+
+def line(name, films, songs, speed=1.0):
+    """r with the own and with another's song, ± the standard error over videos; the correlation of the tempos."""
+    own, other, tempos = follow(films, songs, speed)
+    print(
+        f"{name:30} r {own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f} "
+        f"± {error(other):.2f}   tempo {tempos:.2f}",
+        flush=True,
+    )
+
+
+def follow(films, songs, speed=1.0):
+    """(r of each film with its song, with the next one's, correlation of the motion's tempos with the songs')."""
+    energies = [motion_energy(film) for film in films]
+    beats = [middles(beats_of(song, speed, len(films[0]))) for song in songs]
+    own = np.array([beat_correlation(e, b) for e, b in zip(energies, beats)])
+    other = np.array([beat_correlation(e, b) for e, b in zip(energies, beats[1:] + beats[:1])])
+    wanted = [60 * FPS * np.diff(b).mean() for b in beats]
+    return own, other, np.corrcoef([motion_tempo(e) for e in energies], wanted)[0, 1]
+
+
+def middles(beats):
+    """Between each two frames, where the motion is."""
+    return (beats[1:] + beats[:-1]) / 2
+
+
+def error(values):
+    return np.std(values) / math.sqrt(len(values))
+
+
+def print_long(studio, prompts, songs, frames=271):
+    films = studio.film(prompts, windows_of(songs, 1.0), frames=frames)
+    third = frames // 3
+    for name, part in (("first", slice(0, third)), ("last", slice(frames - third, frames))):
+        beats = [middles(beats_of(song, 1.0, frames)[part]) for song in songs]
+        r = [beat_correlation(motion_energy(film[part]), b) for film, b in zip(films, beats)]
+        print(f"{frames} frames, {name} third: r {np.mean(r):.2f} ± {error(r):.2f}", flush=True)
+
+
+def frechet(count=128, seed=9, dit=None):
+    """Of the prior's clips, of all subjects, to reference.safetensors."""
+    rng = np.random.default_rng(seed)
+    prompts = [world.caption(world.draw_scene(rng), rng)[0] for _ in range(count)]
+    films = Studio().film(prompts, cfg=2.5)
+    encoder = frozen_encoder()
+    found = gaussian([features(mi.from_pixels(film), encoder) for film in films])
+    width = encoder.output_proj.in_features
+    (mean, cov), _ = load_reference(in_folder("reference.safetensors"), width)
+    return frechet_distance(*found, mean, cov)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures
+# --------------------------------------------------------------------------------------------------
+
+
+def contact_sheet(path, films, every=6):
+    """A row a film, a column every so many frames."""
+    rows = [np.concatenate(list(film[::every]), 1) for film in films]
+    with mi.written_whole(path) as temporary:
+        imageio.imwrite(temporary, np.concatenate(rows, 0), format="jpg", quality=88)
+
+
+def moving_picture(path, films, columns=4):
+    """A GIF of films side by side, 15 frames a second."""
+    rows = [np.concatenate(films[i : i + columns], 2) for i in range(0, len(films), columns)]
+    frames = np.concatenate(rows, 1)[::2]
+    with mi.written_whole(path) as temporary:
+        imageio.mimsave(temporary, list(frames), format="GIF", duration=1000 * 2 / FPS, loop=0)
