@@ -1,0 +1,109 @@
+"""Text, music, video and sound."""
+
+import math
+import os
+
+import imageio
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPT, close, write_wav
+
+import musicinfuser as mi
+
+
+def test_text_tokens_are_those_of_sentencepiece(weights, capsys):
+    import sentencepiece
+    from transformers import T5EncoderModel
+
+    model = str(weights / "tokenizer" / "spiece.model")
+    ids = sentencepiece.SentencePieceProcessor(model_file=model).encode
+    t5 = T5EncoderModel.from_pretrained(weights / "text_encoder").requires_grad_(False)
+    short, none = mi.encode_text(weights, [PROMPT, " "])
+    assert short[1].all() and not none[1].any()
+    assert "warning" not in capsys.readouterr().err
+    wanted = t5(torch.tensor([ids(PROMPT) + [1]])).last_hidden_state  # 1 ends the sentence
+    close(short[0], wanted, 1e-5)
+    ((y_feat, y_mask),) = mi.encode_text(weights, ["dog " * 300])
+    assert "only the first 256 are used" in capsys.readouterr().err
+    assert y_feat.shape == (1, 256, 16) and y_mask.shape == (1, 256) and y_mask.all()
+    wanted = t5(torch.tensor([ids("dog " * 300)[:255] + [1]])).last_hidden_state
+    close(y_feat, wanted, 1e-5)
+
+
+def test_music_tokens(weights, song):
+    waveform, _ = mi.music_window(song, 73)
+    encode = mi.AudioEncoder(weights)
+    assert encode(waveform).shape == (1, 125, 16)  # 50 a second
+    close(encode(0.1 * waveform + 0.2), encode(waveform), 1e-3)  # loudness is normalised away
+
+
+def test_audio_is_the_mean_of_the_channels(tmp_path):
+    path = write_wav(tmp_path / "song.wav", np.ones(44100), np.zeros(44100))
+    samples = mi.load_audio(path)
+    assert samples.shape == (16000,) and samples.dtype == torch.float32
+    close(samples[100:-100], torch.full((15800,), 0.5), 2e-3)  # resampling rings at the ends
+
+
+WINDOWS = [(73, 0, 1, None), (145, 0, 1, 3), (73, 2, 1.25, 0.8)]
+
+
+@pytest.mark.parametrize("frames, start, speed, music", WINDOWS)
+def test_music_window_is_padded_to_the_clip(song, frames, start, speed, music):
+    waveform, seconds = mi.music_window(song, frames, start=start, speed=speed)
+    assert len(waveform) == math.ceil((frames / 30 + 0.09) * 16000)
+    assert seconds == pytest.approx(music or frames / 30 + 0.09, abs=1e-3)
+    assert waveform[: int(seconds * 16000)].abs().max() > 0.2
+    assert not waveform[math.ceil(seconds * 16000) :].any()
+
+
+@pytest.mark.parametrize("speed", [1.0, 1.25, 0.9973, 3.14159])
+def test_resampling_at_any_speed_is_quick_and_of_the_right_length(speed):
+    sound = torch.randn(10 * 44100)
+    samples = mi.played(sound, 44100, speed, 16000)
+    assert len(samples) == pytest.approx(160000 / speed, rel=1e-4)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script")
+def test_a_video_that_ffmpeg_says_a_lot_about_is_read_to_its_end(tmp_path, monkeypatch):
+    script = "#!/bin/sh\nhead -c 300000 /dev/zero >&2; head -c 12 /dev/zero\nexit 1\n"
+    (tmp_path / "ffmpeg").write_text(script)
+    (tmp_path / "ffmpeg").chmod(0o755)
+    monkeypatch.setattr(mi, "get_ffmpeg_exe", lambda: str(tmp_path / "ffmpeg"))
+    frames = mi.read_frames("a.mp4", 2, 2)
+    assert next(frames).shape == (2, 2, 3)
+    with pytest.raises(mi.InputError, match="a.mp4 cannot be read as video"):
+        next(frames)
+
+
+def test_video_round_trip(tmp_path):
+    wide = torch.linspace(-1, 1, 13)[None, :, None, None].expand(3, 13, 32, 48)
+    mi.save_video(tmp_path / "a.mp4", wide)
+    mi.save_video(tmp_path / "b.mp4", iter(wide.split(5, dim=1)))
+    for name in ("a.mp4", "b.mp4"):
+        frames = np.stack([*mi.read_frames(tmp_path / name, 32, 48)])
+        assert mi.count_frames(tmp_path / name) == 13
+        close(mi.from_pixels(frames), wide, 0.06)
+    assert (mi.to_pixels(mi.from_pixels(frames)) == frames).all()
+
+
+def test_names_that_mean_something_to_ffmpeg_are_local_files(tmp_path, monkeypatch):
+    imageio.mimwrite(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)] * 9, fps=30)
+    monkeypatch.chdir(tmp_path)
+    for name in ("http:127.0.0.1:1.mp4", "concat:a.mp4|a.mp4", "-i.mp4", "<video0>.mp4"):
+        os.link("a.mp4", name)
+        assert mi.count_frames(name) == 9
+        assert len([*mi.read_frames(name, 32, 32)]) == 9
+
+
+def test_failed_writing_leaves_nothing(tmp_path):
+    with pytest.raises(mi.InputError, match="cannot write"):
+        with mi.written_whole(tmp_path / "a") as temporary:
+            open(temporary, "w").close()
+            raise OSError("disk full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_255_bytes_can_be_written(tmp_path):
+    mi.save_json(tmp_path / ("x" * 250 + ".json"), {})
+    assert len(list(tmp_path.iterdir())) == 1
