@@ -1,9 +1,9 @@
 """Everything in tiny/, from nothing, with fixed seeds. It can be stopped and started again.
 
-python -m tiny.make                           every stage, one after another
-python -m tiny.make vae text                  these stages
-python -m tiny.make data toy --videos 640     the toy AIST set, for train.py --data toy/aist --wild toy/wild
-python -m tiny.make report --adapter FILE     what an adapter has learnt
+    python -m tiny.make                           every stage, one after another
+    python -m tiny.make vae text                  these stages
+    python -m tiny.make data toy --videos 640     the toy AIST set, for train.py
+    python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
 import argparse
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from eval.quality import reference_statistics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -26,7 +27,6 @@ import adaptability
 import musicinfuser as mi
 import train
 from dataset.aist import TEST_SONGS
-from eval.quality import reference_statistics
 from tiny import music, recordings, world
 from tiny.fit import as_bfloat16, fit, named
 from tiny.recordings import Piece
@@ -209,7 +209,8 @@ def make_tokenizer(seed):
 
 
 def write_tokenizer_json(folder):
-    """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns the tokenizer."""
+    """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns
+    the tokenizer."""
     from sentencepiece import sentencepiece_model_pb2
     from transformers import T5Tokenizer
 
@@ -224,14 +225,15 @@ def write_tokenizer_json(folder):
 
 
 # --------------------------------------------------------------------------------------------------
-# The music encoder: a small Wav2Vec 2.0 is taught the beat. Each token is to tell phase, tempo and genre.
+# The music encoder: a small Wav2Vec 2.0 is taught the beat. Each token is to tell phase, tempo and
+# genre.
 # --------------------------------------------------------------------------------------------------
 
 TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
 CLIP = mi.audio_seconds(FRAMES, FPS)
 
 
-def make_audio(options, steps=2400, batch=32, seed=3):
+def make_audio(options, steps=1300, batch=24, seed=3):
     from transformers import Wav2Vec2FeatureExtractor
 
     torch.manual_seed(seed)
@@ -278,7 +280,8 @@ def fresh_wav2vec():
         "num_conv_pos_embeddings": 64,
         "num_conv_pos_embedding_groups": 8,
     }
-    rates = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop mask_time_prob"
+    rates = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop"
+    rates += " mask_time_prob"
     return Wav2Vec2Model(
         Wav2Vec2Config(vocab_size=32, **sizes, **dict.fromkeys(rates.split(), 0.0))
     )
@@ -342,17 +345,17 @@ def as_piece(song, genre, tempo, source):
 
 
 def crop_of(piece, seconds, rng, rougher=True):
-    """(samples, beat at each token, genre): at another speed in half of them, so that tempos are many."""
+    """(samples, beat at each token, genre): at another speed in half of them, so that tempos are
+    many."""
     speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
     last = len(piece.samples) / music.RATE - seconds * speed - 0.02
     start = rng.uniform(0, max(last, 0))
-    at = (start + speed * np.arange(math.ceil(seconds * music.RATE)) / music.RATE) * music.RATE
-    first, end = int(start * music.RATE), int(at[-1]) + 2
-    near = piece.samples[first:end].astype(np.float32)
-    samples = np.interp(at - first, np.arange(len(near)), near)
+    first, size = int(start * music.RATE), math.ceil(seconds * music.RATE)
+    samples = piece.samples[first : first + int(size * speed) + 2].astype(np.float32)
+    samples = np.interp(speed * np.arange(size), np.arange(len(samples)), samples)
     if rougher:
         samples = music.rough(samples, rng)
-    times = start + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
+    times = first / music.RATE + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
     return samples, recordings.beat_at(piece.beats, times), piece.genre
 
 
@@ -360,7 +363,9 @@ def audio_loss(wav2vec, head, crops):
     samples, beats, genres = zip(*crops)
     x = torch.from_numpy(np.stack(samples)).float()
     x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
-    out = head(wav2vec(x).last_hidden_state)  # (B, A, 3 + genres)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wav2vec(x).last_hidden_state
+    out = head(y.float())  # (B, A, 3 + genres)
     beat = torch.from_numpy(np.stack(beats)[:, : out.shape[1]])
     tempo = 60 / TOKEN * (beat[:, -1] - beat[:, 0]) / (beat.shape[1] - 1)  # BPM
     octaves = torch.log2(tempo / 104).float()[:, None].expand(-1, out.shape[1])
@@ -482,7 +487,8 @@ def spread(size, generator):
 
 
 def make_layers(options, clips=200, seeds=2):
-    """reference.safetensors, the statistics of the world's clips, and adaptability.json, the ranking by them."""
+    """reference.safetensors, the statistics of the world's clips, and adaptability.json, the
+    ranking by them."""
     rng = np.random.default_rng(88)
     pictures = (world.render(world.draw_scene(rng), world.steady_beat(rng)) for _ in range(clips))
     videos = (
@@ -504,7 +510,8 @@ SONGS = 24  # of each genre, as mBR0, mBR1, ...: AIST has six
 
 
 def make_data(options, seed=5):
-    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere, with captions."""
+    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere,
+    with captions."""
     rng = np.random.default_rng(seed)
     songs = Songs(os.path.join(os.path.abspath(options.folder), "songs"), options.sounds)
     aist = options.videos - options.videos // 2
@@ -537,7 +544,8 @@ def make_data(options, seed=5):
 
 
 class Songs:
-    """The world's songs as files, made when they are first asked for; a third are of sampled instruments."""
+    """The world's songs as files, made when they are first asked for; a third are of sampled
+    instruments."""
 
     def __init__(self, folder, sounds):
         self.folder, self.sounds, self.made = folder, sounds, {}
