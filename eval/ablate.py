@@ -131,8 +131,8 @@ class Cell:
         held_out = samples.held_out(clips, o.eval_clips)
         losses = {}
         if held_out:
-            right, wrong = (deaf(batch.to(o.device)) for batch in held_out_pair(held_out))
-            losses = train.listening_gap(dit, right, wrong.conditions, SIGMAS, o.batch)
+            right, wrong = (deaf(batch).to(o.device) for batch in held_out)
+            losses = train.listening_gap(dit, right, wrong, SIGMAS, o.batch)
         return self.figures(losses) | {"layers": "none", "parameters": 0, "seconds": None}
 
     def figures(self, losses):
@@ -140,12 +140,6 @@ class Cell:
             raise mi.InputError(f"there are no clips of two test songs below {self.data}")
         gaps = {f"gap_{s}": losses[f"wrong_{s}"] - losses[f"right_{s}"] for s in SIGMAS}
         return gaps | {"held_out": float(np.mean([losses[f"right_{s}"] for s in SIGMAS]))}
-
-
-def held_out_pair(held_out):
-    """Two batches, with the own and with other songs, of Samples.held_out."""
-    batch, conditions = held_out
-    return batch, replace(batch, conditions=conditions)
 
 
 def deaf(batch):
