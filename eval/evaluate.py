@@ -151,9 +151,12 @@ def check(o):
         raise mi.InputError("--caption needs --judge, the model that describes")
     if not (o.videos or o.protocol or o.caption):
         raise mi.InputError("nothing to do: name videos, --protocol or --caption")
+    if o.judge and not os.path.isdir(o.judge):
+        raise mi.InputError(f"no such folder: {o.judge}")
+    for file in [*o.videos, *([o.song] if o.song else [])]:
+        if not os.path.isfile(file):
+            raise mi.InputError(f"no such file: {file}")
     for video in o.videos:
-        if not os.path.isfile(video):
-            raise mi.InputError(f"no such file: {video}")
         recipe_of(video)
     if o.videos or o.protocol:
         bt.import_librosa()

@@ -212,7 +212,11 @@ def test_every_row_trains(small, tmp_path):
 
 def test_a_row_that_is_another_is_not_trained_twice(small, tmp_path, monkeypatch, capsys):
     trained, run = [], train.train
-    note = lambda data, **options: trained.append(options["out"]) or run(data, **options)  # noqa: E731
+
+    def note(data, **options):
+        trained.append(options["out"])
+        return run(data, **options)
+
     monkeypatch.setattr(train, "train", note)
     monkeypatch.setitem(rows.ROWS, "window 0", {"beta": 3.0})
     names = ["ours", "Beta-Uniform noise", "window 0", "first layers", "ranked layers"]
@@ -343,8 +347,7 @@ def test_films_of_ours_between_the_prior_and_the_ground_truth(
     folder = tmp_path / "out" / "films"
     scores = {
         row: [
-            json.loads((folder / f"{rows.slug(row)}-{seed}-2.json").read_text())
-            for seed in (1, 2)
+            json.loads((folder / f"{rows.slug(row)}-{seed}-2.json").read_text()) for seed in (1, 2)
         ]
         for row in ("ours", rows.PRIOR, rows.TRUTH)
     }
