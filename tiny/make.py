@@ -1,9 +1,9 @@
 """Everything in tiny/, from nothing, with fixed seeds. It can be stopped and started again.
 
-    python -m tiny.make                           every stage, one after another
-    python -m tiny.make vae text                  these stages
-    python -m tiny.make data toy --videos 640     the toy AIST set, for train.py
-    python -m tiny.make report --adapter FILE     what an adapter has learnt
+python -m tiny.make                           every stage, one after another
+python -m tiny.make vae text                  these stages
+python -m tiny.make data toy --videos 640     the toy AIST set, for train.py
+python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
 import argparse
@@ -544,28 +544,34 @@ def make_data(options, seed=5):
 
 
 class Songs:
-    """The world's songs as files, made when they are first asked for; a third are of sampled
-    instruments."""
+    """The world's songs as files, made when they are first asked for: a third by the synthesiser, a
+    third as if recorded, a third of sampled instruments."""
 
     def __init__(self, folder, sounds):
-        self.folder, self.sounds, self.made = folder, sounds, {}
+        self.folder, self.made, self.instruments = folder, {}, None
+        try:
+            self.instruments = sampled_instruments(sounds)
+        except mi.InputError as error:
+            print(f"the synthesiser plays all songs, not two thirds of them: {error}")
 
     def find(self, genre, number, seconds=20.0):
         """(path, tempo) of the song m<genre><number>."""
         path = os.path.join(self.folder, f"m{genre}{number}.wav")
         if path not in self.made:
             seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
-            tempo = math.exp(np.random.default_rng(seed).uniform(math.log(60), math.log(180)))
-            if number % 3 == 2 and self.sounds:
-                song = music.play_sampled(
-                    genre, tempo, seed, seconds, *sampled_instruments(self.sounds)
-                )
-            else:
-                song = music.compose(genre, tempo, seed, seconds)
+            rng = np.random.default_rng(seed)
+            tempo = math.exp(rng.uniform(math.log(60), math.log(180)))
             os.makedirs(self.folder, exist_ok=True)
-            music.save_wav(path, song)
+            music.save_wav(path, self.make(number % 3, genre, tempo, seed, seconds, rng))
             self.made[path] = tempo
         return path, self.made[path]
+
+    def make(self, maker, genre, tempo, seed, seconds, rng):
+        if maker == 2 and self.instruments:
+            song = music.play_sampled(genre, tempo, seed, seconds, *self.instruments)
+        else:
+            song = music.compose(genre, tempo, seed, seconds)
+        return song if maker == 0 else music.recorded(song, rng)
 
 
 def make_adapter(options):
