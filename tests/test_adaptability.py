@@ -231,7 +231,7 @@ def test_a_videos_noise_is_that_of_sample_py(spy, song, weights, tmp_path, monke
 
     rank(weights, tmp_path / "run", prompts=PROMPTS[:1], seeds=(3,), layers="1")
 
-    def keep(path, video, *_):
+    def keep(path, video, *_, **options):
         spy.seen.append(video.clamp(-1, 1))
 
     monkeypatch.setattr(mi, "save_video", keep)
