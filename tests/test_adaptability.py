@@ -402,6 +402,7 @@ BAD = [
     ({"layers": "0-3"}, "layers from 0 to 2"),
     ({"layers": "0-9999999999999"}, "layers from 0 to 2"),
     ({"layers": "2-1"}, "layers"),
+    ({"layers": "9" * 5000}, "ranges such as"),
     ({"layers": "even"}, "ranges such as"),
     ({"prompts": ()}, "no prompts"),
     ({"prompts": ("a", " ")}, "an empty one"),
