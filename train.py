@@ -10,8 +10,12 @@ import math
 import os
 import random
 import re
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 import torch.distributed as dist
@@ -298,6 +302,8 @@ def memory(options, dit, example, processes=1):
     kept = depth * block
     if checkpoints(options, dit, example):
         kept = block + depth * block / 40  # one, and the inputs of all
+    if options.offload and options.device != "cpu":
+        kept = block  # the inputs wait in host memory
     # A trained number is float32, and so are its gradient and its two moments
     return frozen * mi.DTYPES[options.dtype].itemsize + 16 * trained + kept
 
