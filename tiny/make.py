@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from string import ascii_uppercase
 
 import numpy as np
@@ -27,9 +26,8 @@ import adaptability
 import musicinfuser as mi
 import train
 from dataset.aist import TEST_SONGS
-from tiny import music, recordings, world
+from tiny import listen, music, world
 from tiny.fit import as_bfloat16, fit, named
-from tiny.recordings import Piece
 from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
 
@@ -224,165 +222,8 @@ def write_tokenizer_json(folder):
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------
-# The music encoder: a small Wav2Vec 2.0 is taught the beat. Each token is to tell phase, tempo and
-# genre.
-# --------------------------------------------------------------------------------------------------
-
-TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
-CLIP = mi.audio_seconds(FRAMES, FPS)
-
-
-def make_audio(options, steps=1300, batch=24, seed=3):
-    from transformers import Wav2Vec2FeatureExtractor
-
-    torch.manual_seed(seed)
-    wav2vec = fresh_wav2vec()
-    head = nn.Linear(96, 3 + len(world.GENRES))
-    makers = training_pieces(options.sounds, seed)
-
-    def loss(step):
-        rng, _ = generators(seed, step)
-        seconds, size = (6.0, batch // 2) if step % 4 == 3 else (CLIP, batch)
-        drawn = [makers[k] for k in rng.choice(len(makers), size, p=SHARES)]
-        crops = [crop_of(pieces[rng.integers(len(pieces))], seconds, rng) for pieces in drawn]
-        return audio_loss(wav2vec, head, crops)
-
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 2e-3)
-    wav2vec.bfloat16().save_pretrained(in_folder("audio_encoder"))
-    normalise = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
-    normalise.save_pretrained(in_folder("audio_encoder"))
-    wav2vec.float()
-    for name, pieces in unseen_pieces(options.sounds, seed).items():
-        rng, _ = generators(seed, 10**6)
-        picked = [pieces[i % len(pieces)] for i in range(max(192, len(pieces)))]
-        with torch.no_grad():
-            numbers = audio_loss(
-                wav2vec, head, [crop_of(piece, CLIP, rng, False) for piece in picked]
-            )[1]
-        print(
-            f"audio encoder, {name}:",
-            " ".join(f"{key} {value:.3f}" for key, value in numbers.items()),
-        )
-
-
-def fresh_wav2vec():
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    sizes = {
-        "hidden_size": 96,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "intermediate_size": 384,
-    }
-    sizes |= {
-        "conv_dim": (48,) * 7,
-        "num_conv_pos_embeddings": 64,
-        "num_conv_pos_embedding_groups": 8,
-    }
-    rates = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop"
-    rates += " mask_time_prob"
-    return Wav2Vec2Model(
-        Wav2Vec2Config(vocab_size=32, **sizes, **dict.fromkeys(rates.split(), 0.0))
-    )
-
-
-SHARES = (
-    0.35,
-    0.35,
-    0.30,
-)  # of the synthesiser's songs, of the sampled instruments', of recordings
-
-
-def training_pieces(sounds, seed):
-    """Three lists of Pieces, one for each of SHARES."""
-    synthesised = [
-        synthesised_piece((seed, 1, i)) for i in tqdm(range(448), "composing", mininterval=10)
-    ]
-    instruments = sampled_instruments(sounds)
-    played = [
-        sampled_piece((seed, 2, i), *instruments)
-        for i in tqdm(range(560), "playing", mininterval=10)
-    ]
-    return synthesised, played, recordings.pieces_of(sounds, recordings.TRAINING)
-
-
-def unseen_pieces(sounds, seed):
-    """{name: [Piece]} of songs drawn anew and of the packages that were kept back."""
-    instruments = sampled_instruments(sounds)
-    return {
-        "the world's songs": [synthesised_piece((seed, 1001, i)) for i in range(64)],
-        "sampled instruments": [sampled_piece((seed, 1002, i), *instruments) for i in range(64)],
-        "recordings": recordings.pieces_of(sounds, recordings.VALIDATION),
-    }
-
-
-@cache
-def sampled_instruments(sounds):
-    fonts, kits = music.find_sounds(sounds)
-    return fonts, [music.load_kit(kit) for kit in kits]
-
-
-def synthesised_piece(seed):
-    rng = np.random.default_rng(seed)
-    song, genre, tempo = music.draw_song(rng, seconds=10.0)
-    if rng.random() < 0.3:
-        song = music.recorded(song, rng)
-    return as_piece(song, genre, tempo, "synthesiser")
-
-
-def sampled_piece(seed, fonts, kits):
-    rng = np.random.default_rng(seed)
-    genre = str(rng.choice(list(world.GENRES)))
-    tempo = music.draw_tempo(rng, genre)
-    song = music.play_sampled(genre, tempo, int(rng.integers(2**31)), 16.0, fonts, kits)
-    return as_piece(music.recorded(song, rng), genre, tempo, "sampled")
-
-
-def as_piece(song, genre, tempo, source):
-    beats = np.arange(0, len(song) / music.RATE, 60 / tempo)
-    return Piece(song.astype(np.float16), beats, list(world.GENRES).index(genre), source)
-
-
-def crop_of(piece, seconds, rng, rougher=True):
-    """(samples, beat at each token, genre): at another speed in half of them, so that tempos are
-    many."""
-    speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
-    last = len(piece.samples) / music.RATE - seconds * speed - 0.02
-    start = rng.uniform(0, max(last, 0))
-    first, size = int(start * music.RATE), math.ceil(seconds * music.RATE)
-    samples = piece.samples[first : first + int(size * speed) + 2].astype(np.float32)
-    samples = np.interp(speed * np.arange(size), np.arange(len(samples)), samples)
-    if rougher:
-        samples = music.rough(samples, rng)
-    times = first / music.RATE + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
-    return samples, recordings.beat_at(piece.beats, times), piece.genre
-
-
-def audio_loss(wav2vec, head, crops):
-    samples, beats, genres = zip(*crops)
-    x = torch.from_numpy(np.stack(samples)).float()
-    x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = wav2vec(x).last_hidden_state
-    out = head(y.float())  # (B, A, 3 + genres)
-    beat = torch.from_numpy(np.stack(beats)[:, : out.shape[1]])
-    tempo = 60 / TOKEN * (beat[:, -1] - beat[:, 0]) / (beat.shape[1] - 1)  # BPM
-    octaves = torch.log2(tempo / 104).float()[:, None].expand(-1, out.shape[1])
-    turn = torch.stack([(2 * math.pi * beat).cos(), (2 * math.pi * beat).sin()], -1).float()
-    phase = (out[..., :2] - turn).square().sum(-1).mean()
-    off = out[..., 2] - octaves
-    genres, logits = torch.tensor(genres), out[..., 3:].mean(1)
-    known = genres >= 0
-    genre = F.cross_entropy(logits[known], genres[known]) if known.any() else logits.sum() * 0
-    numbers = {
-        "cosine": F.cosine_similarity(out[..., :2], turn, dim=-1).mean().item(),
-        "octaves off": off.abs().mean().item(),
-        "genre right": (logits.argmax(1) == genres)[known].float().mean().item()
-        if known.any()
-        else math.nan,
-    }
-    return phase + F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) * 2 + 0.2 * genre, numbers
+def make_audio(options):
+    listen.train(options.sounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -550,7 +391,7 @@ class Songs:
     def __init__(self, folder, sounds):
         self.folder, self.made, self.instruments = folder, {}, None
         try:
-            self.instruments = sampled_instruments(sounds)
+            self.instruments = listen.sampled_instruments(sounds)
         except mi.InputError as error:
             print(f"the synthesiser plays all songs, not two thirds of them: {error}")
 

@@ -393,15 +393,18 @@ def as_mp3(song, kilobits):
     return np.pad(back, (0, len(song) - len(back)))
 
 
+def disturbed(song, rng):
+    """With a voice over it, or its loud parts made less loud."""
+    if rng.random() < 0.4:
+        song = song + rng.uniform(0.1, 0.6) * np.abs(song).max() * voice(len(song), rng)
+    return compressed(song, rng) if rng.random() < 0.4 else song
+
+
 def recorded(song, rng):
     """A whole song as somebody might have recorded it."""
     if rng.random() < 0.4:
         song = room(song, rng)
-    if rng.random() < 0.4:
-        song = song + rng.uniform(0.1, 0.6) * np.abs(song).max() * voice(len(song), rng)
-    if rng.random() < 0.4:
-        song = compressed(song, rng)
-    song = level(song)
+    song = level(disturbed(song, rng))
     return as_mp3(song, int(rng.choice([16, 24, 32, 64]))) if rng.random() < 0.3 else song
 
 
