@@ -37,7 +37,7 @@ def test_recipe(recipe, weights, dance_videos, song, tmp_path):
 
 
 def run(folder, *line):
-    """What a command that failed wrote; the folder is no part of a repository that it may lie in."""
+    """What a command wrote, if it failed; a repository around the folder is not looked at."""
     outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(line, cwd=folder, env=outside, capture_output=True, text=True)
     return (done.stdout + done.stderr)[-4000:] if done.returncode else ""
