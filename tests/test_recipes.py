@@ -29,7 +29,7 @@ def test_recipe(recipe, weights, dance_videos, song, tmp_path):
         copy = tmp_path / source.relative_to(ROOT)
         copy.parent.mkdir(exist_ok=True)
         shutil.copy(source, copy)
-    error = run(tmp_path, "git", "apply", recipe)
+    error = run(tmp_path, "git", "apply", "--include=*.py", recipe)
     assert not error, f"{recipe.name} no longer applies; make it again:\n{error}"
     check = "tests/test_recipes.py", recipe.stem
     error = run(tmp_path, sys.executable, *check, weights, dance_videos, song)
