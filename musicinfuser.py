@@ -15,6 +15,7 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
+import datetime
 import difflib
 import hashlib
 import json
@@ -39,6 +40,7 @@ from functools import partial
 import imageio
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import torchaudio
@@ -51,18 +53,15 @@ from torch.utils.checkpoint import checkpoint
 # The models that exist. Sizes are read off a file's shapes; these tables are for the reader.
 # ----------------------------------------------------------------------------------------------
 
-# fmt: off
 MODELS = {  # 10.03 billion parameters and 20,670 visual tokens; 7.5 million and 208
     "mochi": dict(depth=48, width=3072, text_width=1536, heads=24, t5_width=4096),
-    "tiny":  dict(depth=12, width=160,  text_width=80,   heads=4,  t5_width=96),
+    "tiny": dict(depth=12, width=160, text_width=80, heads=4, t5_width=96),
 }
 MUSICINFUSER_LAYERS = (6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47)  # the authors'
-# fmt: on
 
 
 def option(default, help, **more):
-    """A field of a dataclass of options: its default, its meaning and, in `more`, its limits; the
-    command line, the checks and what is printed follow from it (see parser_for)."""
+    """A field of an options dataclass; command line and checks follow from it, see add_option."""
     return field(default=default, metadata={"help": help, **more})
 
 
@@ -177,9 +176,7 @@ class Block(nn.Module):
             scale_msa_y = self.mod_y(c)
         else:
             scale_msa_y, gate_msa_y, scale_mlp_y, gate_mlp_y = self.mod_y(c).chunk(4, -1)
-
         attn_x, attn_y = self.attn(modulate(x, scale_msa_x), modulate(y, scale_msa_y), rope, mask)
-
         x = residual(x, attn_x, gate_msa_x)
         x = residual(x, self.mlp_x(modulate(x, scale_mlp_x)), gate_mlp_x)
         if not self.last:
@@ -193,6 +190,7 @@ class Conditions:
     """What follows from text, music and size alone, made once for all noise levels of a video."""
 
     rope: torch.Tensor  # (N, nh, hd/2, 2)
+    frames: torch.Tensor  # (N,), the latent frame of each visual token
     y: torch.Tensor  # (B, L, Dy), the text stream
     mask: torch.Tensor | None  # (B, 1, 1, N + L), None where every text token is valid
     pooled: torch.Tensor  # (B, D), the text as one vector
@@ -235,6 +233,7 @@ class DiT(nn.Module):
         mask = None if y_mask.all() else F.pad(y_mask, (t * h * w, 0), value=True)[:, None, None]
         return Conditions(
             rope=rope_rotations(self.pos_frequencies, t, h, w),
+            frames=torch.arange(t, device=y_feat.device).repeat_interleave(h * w),
             y=self.t5_yproj(y_feat),
             mask=mask,
             pooled=self.t5_y_embedder(y_feat, y_mask),
@@ -263,7 +262,7 @@ class DiT(nn.Module):
         x, y = self.blocks[i](x, y, c, conditions.rope, conditions.mask)
         if i in conditions.music:
             zica = self.audio_cross_attn_blocks[self.adapter.layers.index(i)]
-            x = zica(x, conditions.music[i])
+            x = zica(x, conditions.music[i], conditions.frames)
         return x, y
 
 
@@ -311,18 +310,15 @@ class ZICA(nn.Module):
     def keys_and_values(self, music):  # (B or 1, T, D) -> (B or 1, nh, T, hd) twice
         return self.split_heads(self.to_k(music)), self.split_heads(self.to_v(music))
 
-    def forward(self, x, keys_and_values):  # x (B, N, D)
+    def forward(self, x, keys_and_values, frames):  # x (B, N, D), frames (N,)
         q = self.split_heads(self.to_q(x))  # (B, nh, N, hd)
         k, v = (tokens.expand(len(x), -1, -1, -1) for tokens in keys_and_values)
-        mask = None if self.window is None else self.near(q.shape[2], k.shape[2], x.device)
+        mask = None
+        if self.window is not None:  # a token hears the music near its own frame
+            music_frames = torch.arange(k.shape[2], device=x.device)
+            mask = (frames[:, None] - music_frames).abs() <= self.window  # (N, T)
         o = F.scaled_dot_product_attention(q, k, v, mask)
         return x + self.to_out(o.transpose(1, 2).flatten(2))
-
-    def near(self, n, t, device):
-        """(N, T): which music each token hears, that within `window` latent frames of its own."""
-        frames = torch.arange(t, device=device)
-        close = (frames[:, None] - frames).abs() <= self.window
-        return close.repeat_interleave(n // t, 0)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -602,8 +598,8 @@ class FeatureAddition(nn.Module):
     def keys_and_values(self, music):  # (B or 1, T, D)
         return self.to_out(music)
 
-    def forward(self, x, music):  # x (B, N, D)
-        return x + music.repeat_interleave(x.shape[1] // music.shape[1], 1)
+    def forward(self, x, music, frames):  # x (B, N, D), frames (N,)
+        return x + music[:, frames]
 
 
 def attach_music(dit, options, audio_width):
@@ -777,8 +773,9 @@ class GroupNorm(nn.GroupNorm):
 
     def forward(self, x):  # (B, C, T, H, W)
         frames = x.transpose(1, 2).flatten(0, 1)  # (B T, C, H, W)
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        frames = F.group_norm(frames, self.num_groups, weight, bias, self.eps)
+        if x.device.type == "cuda":  # a CPU's kernel takes float32 weights over bfloat16
+            frames = frames.float()
+        frames = super().forward(frames).to(x.dtype)
         return frames.unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
@@ -1021,8 +1018,11 @@ class InputError(ValueError):
 
 
 @contextmanager
-def written_whole(path):
-    """A temporary name beside `path` to write to: renamed at the end, removed if anything fails."""
+def written_whole(path, exclusive=False):
+    """A temporary name beside `path` to write to: renamed at the end, removed if anything fails.
+
+    exclusive: it is an InputError if there is a file of that name by then.
+    """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     ending = os.path.splitext(name)[1][:20]
@@ -1032,7 +1032,10 @@ def written_whole(path):
     try:
         os.makedirs(folder, exist_ok=True)
         yield temporary
-        os.replace(temporary, path)
+        if exclusive:
+            os.link(temporary, path)
+        else:
+            os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -1192,11 +1195,12 @@ def model_digest(path):
 # ----------------------------------------------------------------------------------------------
 
 
-def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
+def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False):
     """Mochi's transformer from genmo's dit.safetensors, frozen.
 
     dtype: of the matrices; norms and rope frequencies stay float32. device="meta" reads shapes
-    only. offload: see Offload. Raises InputError for a file that is missing, damaged or another's.
+    only. offload: see Offload. shard: the blocks stay in their file until shard_blocks. Raises
+    InputError for a file that is missing, damaged or another's.
     """
     needed = (
         "pos_frequencies",
@@ -1220,7 +1224,8 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False):
             patch=patch,
         )
     dit.config = read_config(path, metadata, channels)
-    fill(dit, path, list(dit.state_dict()), device, dtype, mapped="blocks." if offload else None)
+    mapped = "blocks." if offload or shard else None
+    fill(dit, path, list(dit.state_dict()), device, dtype, mapped)
     if offload:
         Offload(dit, torch.device(device), dtype)
     return dit
@@ -1293,6 +1298,9 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
             dit.adapter = replace(dit.adapter, rank=rank, alpha=alpha)
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
     fill(dit, path, list(adapter_parameters(dit)), device, dtype)
+    for name, p in adapter_parameters(dit).items():
+        if not p.is_meta and not p.isfinite().all():
+            raise InputError(f"{path} has values in {name} that are not numbers; train it again")
     return dit
 
 
@@ -1529,6 +1537,100 @@ def compile_blocks(dit):
 
 
 # ----------------------------------------------------------------------------------------------
+# Several processes, started by torchrun: one video over all of them, or one model
+# ----------------------------------------------------------------------------------------------
+
+
+def join_processes(options):
+    """(rank, count) of this process; its own GPU becomes options.device, only rank 0 prints."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        return 0, 1
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
+    backend = "gloo"
+    if options.device == "cuda":
+        backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(options.device)
+    # Some wait long: the first makes a cache for all
+    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    if dist.get_rank() > 0:
+        sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), count
+
+
+class TokenParallel:
+    """Each process holds a share of the visual tokens, and all of the text.
+
+    Attention trades tokens for heads and back (DeepSpeed-Ulysses, arXiv 2309.14509); all else works
+    token by token. Raises InputError where the processes do not divide the heads.
+    """
+
+    def __init__(self, dit):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        self.whole = dit.prepare
+        heads = dit.blocks[0].attn.heads
+        if heads % self.count:
+            raise InputError(f"{self.count} processes do not divide the model's {heads} heads")
+        dit.prepare = self.prepare
+        dit.x_embedder.register_forward_hook(lambda module, inputs, x: self.own(x))
+        dit.final_layer.register_forward_pre_hook(self.gather)
+        for block in dit.blocks:
+            block.attn.attend = partial(self.attend, block.attn.attend)
+
+    def prepare(self, shape, *inputs):
+        conditions = self.whole(shape, *inputs)
+        n = len(conditions.rope)
+        self.sizes = [len(share) for share in torch.arange(n).tensor_split(self.count)]
+        rope, frames = self.own(conditions.rope[None])[0], self.own(conditions.frames[None])[0]
+        return replace(conditions, rope=rope, frames=frames)
+
+    def own(self, x):  # (B, N, ...)
+        return x.split(self.sizes, 1)[self.rank]
+
+    def gather(self, module, inputs):  # x (B, n, D) -> (B, N, D)
+        x, *rest = inputs
+        return torch.cat(self.exchange([x] * self.count, 1), 1), *rest
+
+    def attend(self, inner, q, k, v, mask):  # (B, n + L, nh, hd)
+        n, total = self.sizes[self.rank], sum(self.sizes)
+        qkv = torch.stack([q, k, v])
+        visual = self.exchange(qkv[:, :, :n].chunk(self.count, 3), 2)
+        text = qkv[:, :, n:].chunk(self.count, 3)[self.rank]
+        o = inner(*torch.cat([*visual, text], 2), mask)  # (B, N + L, nh / count, hd)
+        visual = self.exchange(o[:, :total].split(self.sizes, 1))
+        text = self.exchange([o[:, total:]] * self.count)
+        return torch.cat([torch.cat(visual, 2), torch.cat(text, 2)], 1)
+
+    def exchange(self, parts, tokens=None):
+        """Part i goes to process i; what comes has as many `tokens` as its sender holds."""
+        shapes = [list(parts[self.rank].shape) for _ in parts]
+        for shape, size in zip(shapes, self.sizes):
+            if tokens is not None:
+                shape[tokens] = size
+        lengths = [math.prod(shape) for shape in shapes]
+        sent = torch.cat([part.flatten() for part in parts])
+        received = sent.new_empty(sum(lengths))
+        dist.all_to_all_single(received, sent, lengths, [part.numel() for part in parts])
+        return [flat.view(shape) for flat, shape in zip(received.split(lengths), shapes)]
+
+
+def shard_blocks(dit, device, dtype):
+    """Each process keeps its share of every frozen block, fetched when it is used (FSDP2).
+
+    For load_dit(..., shard=True) with its adapter, which stays whole in every process.
+    """
+    from torch.distributed.fsdp import fully_shard  # here, because it takes a second
+
+    trained = set(adapter_parameters(dit).values())
+    for block in dit.blocks:
+        for name, weight in frozen_weights(block).items():
+            kept = torch.float32 if "norm" in name else dtype
+            put_weights(block, {name: weight.to(device, kept)})
+        fully_shard(block, reshard_after_forward=True, ignored_params=trained)
+
+
+# ----------------------------------------------------------------------------------------------
 # Text and music, through transformers; each encoder is loaded, used and let go
 # ----------------------------------------------------------------------------------------------
 
@@ -1635,9 +1737,13 @@ STEREO_RATE = 44100  # of the song in a video
 
 def ffmpeg_command(path, *arguments):
     """ffmpeg on a local media file, whatever its name; quiet, no questions, no network."""
+    try:
+        ffmpeg = get_ffmpeg_exe()
+    except RuntimeError as error:
+        raise InputError("there is no ffmpeg; pip install imageio[ffmpeg] brings one") from error
     allowed = ["-protocol_whitelist", "file,pipe", "-format_whitelist", MEDIA_FORMATS]
     source = [*allowed, "-i", "file:" + os.path.abspath(path)]
-    return [get_ffmpeg_exe(), "-v", "error", "-nostdin", *source, *map(str, arguments)]
+    return [ffmpeg, "-v", "error", "-nostdin", *source, *map(str, arguments)]
 
 
 def ffmpeg(path, *arguments):
@@ -1749,13 +1855,13 @@ def from_pixels(frames):
     return torch.from_numpy(np.asarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0):
+def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=False):
     """H.264 (yuv420p), with the song, cut or silenced to the picture's length, as AAC.
 
     video: (3, T, H, W) in [-1, 1], or an iterable of such pieces, which are written as they come.
-    Written whole or not at all. Raises InputError where it cannot be written.
+    Written whole or not at all; exclusive: over no other file. Raises InputError where it cannot.
     """
-    with written_whole(path) as temporary, tempfile.TemporaryDirectory() as folder:
+    with written_whole(path, exclusive) as temporary, tempfile.TemporaryDirectory() as folder:
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
@@ -2025,10 +2131,13 @@ def peak_memory(device):
 
 def main(function):
     """Run a script's function: what the user can mend ends in one line and a non-zero exit."""
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("error: Python 3.11 or newer is needed")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of other alphabets
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         function()
     except InputError as error:

@@ -3,10 +3,14 @@
 import json
 import os
 import re
+import signal
 import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 from tqdm import tqdm
@@ -29,6 +33,7 @@ class Options(mi.SamplingOptions, mi.RunOptions):
     start: float = option(0.0, "place in the song, in its own seconds", low=0, line="song")
     speed: float = option(1.0, "1.25 is faster, higher", low=0.1, high=10, line="song")
     out: str = option("outputs", "folder, or an .mp4")
+    split: str = option("tokens", "what torchrun's processes share", choices=("tokens", "seeds"))
 
 
 def generate(song, prompt, **given):
@@ -39,12 +44,19 @@ def generate(song, prompt, **given):
     """
     began = time.time()
     options, dit = mi.begin(Options, "sampling", given | {"song": song, "prompt": prompt})
+    rank, count = mi.join_processes(options)
     check(options, dit)
     waveform = window_of_song(options, dit.config.fps)
+    check_out(options)
     mi.print_options(options)
     text, null, audio = encode(options, dit, waveform)
     dit, decoder = load(options)
-    paths = [video(options, seed, dit, decoder, text, null, audio) for seed in options.seeds]
+    seeds, writes = options.seeds, rank == 0
+    if count > 1 and options.split == "tokens":
+        mi.TokenParallel(dit)
+    elif count > 1:
+        seeds, writes = seeds[rank::count], True
+    paths = [video(options, seed, dit, decoder, text, null, audio, writes) for seed in seeds]
     print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(options.device):.2f} GB")
     return paths
 
@@ -66,16 +78,18 @@ def check(options, dit):
     for folder in (os.path.join(options.weights, name) for name in needed):
         if not os.path.isdir(folder):
             raise mi.InputError(f"no such folder: {folder}")
-    check_out(options.out, len(seeds))
 
 
-def check_out(out, count):
+def check_out(options):
     """Whether videos can be written there, and overwrite nothing."""
-    if is_video(out) and count > 1:
-        raise mi.InputError(f"--out {out} is one file for {count} seeds; name a folder")
-    if not is_video(out) and os.path.splitext(out)[1].lower() in (".mov", ".mkv", ".webm", ".avi"):
+    out, ending = options.out, os.path.splitext(options.out)[1].lower()
+    if is_video(out) and len(options.seeds) > 1:
+        raise mi.InputError(f"--out {out} is one file for many seeds; name a folder")
+    if ending in (".mov", ".mkv", ".webm", ".avi"):
         raise mi.InputError(f"--out {out}: videos are .mp4 here")
-    new_path(out, "")
+    for path in (out, os.path.splitext(out)[0] + ".json") if is_video(out) else ():
+        if os.path.exists(path):
+            raise mi.InputError(f"{path} exists; name another --out")
     folder = os.path.dirname(os.path.abspath(out)) if is_video(out) else out
     try:
         os.makedirs(folder, exist_ok=True)
@@ -129,14 +143,17 @@ def load(options):
     return dit, mi.load_decoder(path.format("decoder"), *how)
 
 
-def video(options, seed, dit, decoder, text, null, audio):
-    """Make one video and the .json that tells how; returns its path."""
+def video(options, seed, dit, decoder, text, null, audio, writes=True):
+    """Make one video and the .json that tells how; returns its path. writes: by this process."""
     noise = mi.noise_for(seed, dit.config, options.frames, options.size).to(options.device)
-    progress = partial(tqdm, desc=f"seed {seed}", unit="step")
+    progress = partial(tqdm, desc=f"seed {seed}", unit="step", disable=not writes)
     (film,) = mi.noise_to_video(dit, decoder, noise, text, null, audio, options, progress)
+    if not writes:
+        return None
     song = os.path.splitext(os.path.basename(options.song))[0]
     path = new_path(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}")
-    mi.save_video(path, film, dit.config.fps, options.song, options.start, options.speed)
+    window = options.song, options.start, options.speed
+    mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
     mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
     print(path)
@@ -148,16 +165,12 @@ def is_video(out):
 
 
 def new_path(out, stem):
-    """`out` itself if it is an .mp4, which must not exist, else a new name in the folder `out`."""
-    if is_video(out):
-        for path in (out, os.path.splitext(out)[0] + ".json"):
-            if os.path.exists(path):
-                raise mi.InputError(f"{path} exists; name another --out")
-        return out
-    path, n = os.path.join(out, f"{stem}.mp4"), 1
-    while os.path.exists(path):
+    """A new .mp4 in the folder `out`, or `out` itself; with -2, -3, ... where one is there."""
+    path = out if is_video(out) else os.path.join(out, f"{stem}.mp4")
+    begin, n = os.path.splitext(path)[0], 1
+    while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
         n += 1
-        path = os.path.join(out, f"{stem}-{n}.mp4")
+        path = f"{begin}-{n}.mp4"
     return path
 
 

@@ -2,9 +2,12 @@
 
 import json
 import os
+import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import imageio
 import numpy as np
@@ -41,7 +44,7 @@ def run(weights, tmp_path, monkeypatch, capsys):
 def videos(monkeypatch):
     """What would have been written, in place of writing it."""
     made = []
-    monkeypatch.setattr(mi, "save_video", lambda path, video, *_: made.append(video))
+    monkeypatch.setattr(mi, "save_video", lambda path, video, *_, **__: made.append(video))
     return made
 
 
@@ -228,6 +231,9 @@ def bad(weights, song, tmp_path_factory):
     config = folder / "fast" / "audio_encoder" / "preprocessor_config.json"
     config.write_text(config.read_text().replace("16000", "44100"))
     drop_tensor(folder / "random" / "text_encoder" / "model.safetensors")
+    tensors, metadata = mi.read_safetensors(weights / "musicinfuser.safetensors")
+    tensors = {name: tensor / 0 * 0 for name, tensor in tensors.items()}
+    mi.save_safetensors(folder / "nan.safetensors", tensors, metadata)
     wide, shallow, deaf = mi.DiT(3, 48, 16, 2, 16), small_dit(depth=2), small_dit()
     for name, dit, audio_width in (
         ("wide", wide, 16),
@@ -283,7 +289,7 @@ BAD = [
     ("song.wav", "--solver rk4", "invalid choice"),
     ("song.wav", "--stepz 3", "unrecognized"),
     ("song.wav", "--skip 3", "from 0 to 2"),
-    ("song.wav", "--seed 0 1 --out new.mp4", "one file for 2 seeds"),
+    ("song.wav", "--seed 0 1 --out new.mp4", "one file for many seeds"),
     ("song.wav", "--seed 0 0", "different numbers"),
     ("song.wav", "--seed 99999999999999999999", "2^63"),
     ("song.wav", "--out clip.mov", "videos are .mp4"),
@@ -297,6 +303,7 @@ BAD = [
     ("song.wav", "--adapter wide.safetensors", "fits"),
     ("song.wav", "--adapter shallow.safetensors", "lora_"),
     ("song.wav", "--adapter deaf.safetensors", "audio"),
+    ("song.wav", "--adapter nan.safetensors", "not numbers"),
     ("song.wav", "--out text.txt/out", "cannot write"),
     ("song.wav", "--device meta", "no device meta"),
     ("song.wav", "--device nonsense", "no device nonsense"),
@@ -322,3 +329,26 @@ def test_bad_input_on_the_real_command_line(bad, weights, tmp_path):
     assert result.returncode != 0
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_leaves_nothing_half_written(weights, song, tmp_path, number):
+    """At a random moment of making many videos; KILLS=20 pytest -k killed: of as many runs."""
+    rng = random.Random(number)
+    for i in range(int(os.environ.get("KILLS", 1))):
+        out = tmp_path / str(i)
+        line = [sys.executable, "sample.py", song, PROMPT, "--weights", weights, "--out", out]
+        line += ["--device", "cpu", "--seed", *range(1000)]
+        with subprocess.Popen(list(map(str, line)), cwd=ROOT, stderr=subprocess.PIPE) as run:
+            while not list(out.glob("*.mp4")):  # it has begun
+                time.sleep(0.05)
+            time.sleep(rng.random())
+            run.send_signal(number)
+            error = run.stderr.read().decode()
+        assert run.returncode != 0 and "Traceback" not in error
+        videos = sorted(out.glob("*.mp4"))
+        assert videos and all(mi.count_frames(video) == 7 for video in videos)
+        if number != signal.SIGKILL:
+            assert error.strip().endswith("stopped")
+            assert {path.suffix for path in out.iterdir()} == {".mp4", ".json"}
+            assert not list(out.glob(".tmp*"))

@@ -1,0 +1,165 @@
+"""Films of the toy world by an adapter, and what they are worth: r, tempo, style, Frechet distance.
+
+Top to bottom:   songs and scenes | sampling many films | their scores
+"""
+
+import os
+
+import numpy as np
+import torch
+
+import musicinfuser as mi
+from dataset.aist import PLAIN
+from eval import beats as bt
+from eval import quality
+from eval.style import style
+from tiny import music, world
+
+# ----------------------------------------------------------------------------------------------
+# Songs that no stage of the toy was trained on, and who dances to them
+# ----------------------------------------------------------------------------------------------
+
+KINDS = {  # name: what is fixed of their scenes
+    "people": {"subject": "person", "place": "studio"},
+    "dogs": {"subject": "dog"},
+    "people elsewhere": {"subject": "person"},
+    "plain prompt": {"subject": "person", "place": "studio", "count": 1},
+}
+
+
+def unseen_songs(count, folder):
+    """[(file, tempo, start)], one genre after another, of 80 to 144 BPM: three quarters and five
+    quarters of them lie within what was trained on."""
+    songs = []
+    for i in range(count):
+        genre = list(world.GENRES)[i % len(world.GENRES)]
+        rng = np.random.default_rng((77, i))
+        tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
+        path = os.path.join(folder, f"{genre}{i}.wav")
+        if not os.path.exists(path):
+            music.save_wav(path, music.compose(genre, tempo, 900_000 + i, 20.0))
+        songs.append((path, tempo, float(rng.uniform(0, 3))))
+    return songs
+
+
+def beats_of(songs, frames=world.FRAMES):
+    """The position in its song, in beats, of each frame: [(frames,)]."""
+    t = torch.arange(frames) / world.FPS
+    return [(start + t) * tempo / 60 for _, tempo, start in songs]
+
+
+def scenes_of(kind, count, seed):
+    """(scenes, prompts): each dances its song's genre; the plain prompt tells nothing of it."""
+    rng = np.random.default_rng((seed, list(KINDS).index(kind)))
+    genres, scenes, prompts = list(world.GENRES), [], []
+    for i in range(count):
+        look = {"camera": "01", "genre": genres[i % len(genres)]} | KINDS[kind]
+        if kind == "people elsewhere":
+            look["place"] = str(rng.choice(world.PLACES[1:]))
+        scenes.append(world.draw_scene(rng, **look))
+        told = world.caption(scenes[-1], rng)[0]
+        prompts.append(PLAIN if kind == "plain prompt" else told)
+    return scenes, prompts
+
+
+# ----------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------
+
+
+class Studio:
+    """A weights folder's models, for many films at once; as sample.py makes them."""
+
+    def __init__(self, weights, adapter, device="cpu", dtype=torch.float32):
+        self.weights, self.device = weights, device
+        self.dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype)
+        self.decoder = mi.load_decoder(os.path.join(weights, "decoder.safetensors"), device, dtype)
+        self.encoder = mi.load_encoder(os.path.join(weights, "encoder.safetensors"), device, dtype)
+        self.options = mi.settle(mi.SamplingOptions, self.dit.config.sampling, {})
+        self.listen = None
+        if adapter:
+            mi.load_adapter(self.dit, adapter)
+            self.listen = mi.AudioEncoder(weights, device)
+
+    def film(self, prompts, songs, seed, at_once=16):
+        """Yield uint8 (T, H, W, 3) for each prompt and its song; films of a seed have its noise."""
+        o, config = self.options, self.dit.config
+        *texts, null = mi.encode_text(self.weights, [*prompts, ""], self.device)
+        for first in range(0, len(prompts), at_once):
+            rows = range(first, min(first + at_once, len(prompts)))
+            noise = [mi.noise_for(seed + i, config, o.frames, o.size) for i in rows]
+            inputs = torch.cat(noise).to(self.device), stacked([texts[i] for i in rows])
+            inputs += stacked([null for _ in rows]), self.audio([songs[i] for i in rows])
+            for video in mi.noise_to_video(self.dit, self.decoder, *inputs, o):
+                yield mi.to_pixels(video)
+
+    def audio(self, songs):
+        """(B, A, D_audio) of songs (file, tempo, start); None without an adapter."""
+        if not self.listen:
+            return None
+        frames, fps = self.options.frames, self.dit.config.fps
+        waves = [mi.music_window(path, frames, fps, start)[0] for path, _, start in songs]
+        return torch.cat([self.listen(waveform) for waveform in waves])
+
+    def through_vae(self, film):
+        """A film as the VAE lets it through."""
+        with torch.no_grad():
+            mean, _ = self.encoder(mi.from_pixels(film)[None].to(self.device))
+            return mi.to_pixels(self.decoder(mean)[0])
+
+
+def stacked(texts):
+    """[(y_feat (1, L, D), y_mask (1, L))] -> one such pair, (B, ...), padded."""
+    columns = ([part[0] for part in column] for column in zip(*texts))
+    return tuple(torch.nn.utils.rnn.pad_sequence(column, batch_first=True) for column in columns)
+
+
+# ----------------------------------------------------------------------------------------------
+# Scores
+# ----------------------------------------------------------------------------------------------
+
+
+def follow(films, songs):
+    """{r, other, tempo}: the mean r with the own song and with the neighbour's, and how the tempos
+    of motion and music correlate over the films."""
+    energies = [bt.motion_energy(film) for film in films]
+    t = (np.arange(len(energies[0])) + 0.5) / world.FPS
+    beats = [(start + t) * tempo / 60 for _, tempo, start in songs]
+    others = beats[1:] + beats[:1]
+    tempos = [bt.motion_tempo(energy) for energy in energies]
+    correlation = 0.0
+    if len(set(tempos)) > 1:
+        correlation = float(np.corrcoef(tempos, [tempo for _, tempo, _ in songs])[0, 1])
+    return {
+        "r": float(np.mean([bt.beat_correlation(e, b) for e, b in zip(energies, beats)])),
+        "other": float(np.mean([bt.beat_correlation(e, b) for e, b in zip(energies, others)])),
+        "tempo": correlation,
+    }
+
+
+def film_scores(studio, count, seed, folder, truth=False):
+    """{kind: follow()}, style of the plain prompt's films, frechet of all others, to the world's.
+
+    truth: the world's own dances through the VAE, what a perfect model would reach. Only Frechet
+    distances of the same number of films compare.
+    """
+    songs = unseen_songs(count, folder)
+    scores, features = {}, []
+    for kind in KINDS:
+        scenes, prompts = scenes_of(kind, count, seed)
+        beats = beats_of(songs, studio.options.frames)
+        if truth:
+            danced = (world.render(scene, beat) for scene, beat in zip(scenes, beats))
+            films = [studio.through_vae(film) for film in danced]
+        else:
+            films = list(studio.film(prompts, songs, 1000 * seed))
+        scores[kind] = follow(films, songs)
+        if kind == "plain prompt":
+            genres = [scene["genre"] for scene in scenes]
+            scores["style"], _ = style(films, [beat.numpy() for beat in beats], genres)
+        else:
+            features += [quality.features(mi.from_pixels(f), studio.encoder) for f in films]
+    reference = os.path.join(studio.weights, quality.REFERENCE)
+    world_clips, _ = quality.load_reference(reference, features[0].shape[1])
+    scores["frechet"] = quality.frechet_distance(*quality.gaussian(features), *world_clips)
+    return scores

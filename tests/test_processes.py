@@ -1,0 +1,128 @@
+"""Several processes, by torchrun on the CPU: the same numbers as one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import PROMPT, ROOT, inputs, randomize
+from safetensors.torch import load_file, save_file
+
+import musicinfuser as mi
+
+JOIN = """
+import sys, types, torch, torch.distributed as dist
+import musicinfuser as mi
+from safetensors.torch import load_file, save_file
+rank, count = mi.join_processes(types.SimpleNamespace(device="cpu"))
+folder, stored = sys.argv[1], load_file(sys.argv[1] + "/inputs.safetensors")
+arguments = [stored[name] for name in ("x", "sigma", "y_feat", "y_mask")]
+dit = mi.load_dit(folder + "/dit.safetensors", shard="shard" in sys.argv)
+"""
+
+TOKENS = """
+mi.load_adapter(dit, folder + "/adapter.safetensors")
+mi.TokenParallel(dit)
+with torch.no_grad():
+    velocities = {"music": dit(*arguments, stored["audio"]), "silent": dit(*arguments)}
+    text, null = arguments[2:], [arguments[2], arguments[3] & False]
+    options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "solver": "ab2"}
+    velocities["sampled"] = mi.sample(dit, arguments[0], text, null, stored["audio"], **options)
+save_file(velocities, f"{folder}/out-{rank}.safetensors")
+"""
+
+
+def torchrun(count, *command, **environment):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    line += ["--nproc_per_node", str(count), *map(str, command)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
+    return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+def stored(folder, heads):
+    """A model of that many heads, its adapter and inputs, as files."""
+    dit = randomize(mi.DiT(3, 24 * heads, 16, heads, 16))
+    mi.save_dit(dit, folder / "dit.safetensors", torch.float32)
+    (x, sigma, y_feat, y_mask), audio = inputs(t=3, h=6, w=6)  # 27 tokens: uneven shares
+    tensors = {"x": x, "sigma": sigma, "y_feat": y_feat, "y_mask": y_mask, "audio": audio}
+    save_file(tensors, folder / "inputs.safetensors")
+    mi.infuse(dit, [0, 2], rank=2, window=1, audio_width=24)
+    randomize(torch.nn.ParameterList(mi.adapter_parameters(dit).values()))
+    mi.save_adapter(dit, folder / "adapter.safetensors")
+    return dit.requires_grad_(False), (x, sigma, y_feat, y_mask), audio
+
+
+@pytest.mark.parametrize("count, heads", [(2, 4), (3, 3)])
+def test_tokens_shared_by_processes_give_the_same_velocity(tmp_path, count, heads):
+    dit, arguments, audio = stored(tmp_path, heads)
+    (tmp_path / "run.py").write_text(JOIN + TOKENS)
+    run = torchrun(count, tmp_path / "run.py", tmp_path)
+    assert run.returncode == 0, run.stderr
+    text, null = arguments[2:], (arguments[2], arguments[3] & False)
+    options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "solver": "ab2"}
+    sampled = mi.sample(dit, arguments[0], text, null, audio, **options)
+    wanted = {"music": dit(*arguments, audio), "silent": dit(*arguments), "sampled": sampled}
+    for rank in range(count):
+        found = load_file(tmp_path / f"out-{rank}.safetensors")
+        for name, velocity in wanted.items():
+            assert (found[name] - velocity).abs().max() < 1e-5 * velocity.abs().max()
+
+
+def test_processes_that_do_not_divide_the_heads_are_one_line(tmp_path):
+    stored(tmp_path, 3)
+    main = "def main():\n    pass\n"
+    (tmp_path / "run.py").write_text(JOIN + "mi.main(lambda: mi.TokenParallel(dit))\n" + main)
+    run = torchrun(2, tmp_path / "run.py", tmp_path)
+    assert run.returncode != 0
+    assert "error: 2 processes do not divide the model's 3 heads" in run.stderr
+
+
+SHARD = """
+torch.manual_seed(0)
+mi.infuse(dit, [0, 2], rank=2, audio_width=24)
+for p in mi.adapter_parameters(dit).values():
+    torch.nn.init.normal_(p, std=0.1)
+mi.shard_blocks(dit, "cpu", torch.float32)
+mi.checkpoint_layers(dit)
+dit(*arguments, stored["audio"]).square().sum().backward()
+gradients = {k: p.grad for k, p in mi.adapter_parameters(dit).items()}
+held = sum(p.to_local().numel() for p in dit.blocks.parameters() if hasattr(p, "to_local"))
+save_file(gradients | {"held": torch.tensor(held)}, f"{folder}/out-{rank}.safetensors")
+"""
+
+
+def test_sharded_blocks_give_the_same_gradients(tmp_path):
+    dit, arguments, audio = stored(tmp_path, 2)
+    (tmp_path / "run.py").write_text(JOIN + SHARD)
+    run = torchrun(2, tmp_path / "run.py", tmp_path, "shard")
+    assert run.returncode == 0, run.stderr
+    dit = mi.load_dit(tmp_path / "dit.safetensors")
+    frozen = sum(p.numel() for p in dit.blocks.parameters())
+    torch.manual_seed(0)
+    mi.infuse(dit, [0, 2], rank=2, audio_width=24)
+    for p in mi.adapter_parameters(dit).values():
+        torch.nn.init.normal_(p, std=0.1)
+    dit(*arguments, audio).square().sum().backward()
+    for rank in range(2):
+        found = load_file(tmp_path / f"out-{rank}.safetensors")
+        assert found.pop("held") < 0.6 * frozen
+        for name, p in mi.adapter_parameters(dit).items():
+            assert (found[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("split", ["tokens", "seeds"])
+def test_sampling_over_processes_makes_the_same_videos(weights, song, tmp_path, split):
+    more = ["--weights", weights, "--device", "cpu", "--seed", 0, 1]
+    both = ["sample.py", song, PROMPT, *more, "--split", split, "--out", tmp_path / "two"]
+    run = torchrun(2, *both)
+    assert run.returncode == 0, run.stderr
+    alone = [sys.executable, "sample.py", song, PROMPT, *more, "--out", tmp_path / "one"]
+    subprocess.run(list(map(str, alone)), check=True, cwd=ROOT, capture_output=True)
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert len(names) == 4
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    for name in (name for name in names if name.endswith(".mp4")):
+        frames = [[*mi.read_frames(tmp_path / out / name, 32, 32)] for out in ("one", "two")]
+        apart = max(abs(a.astype(int) - b).max() for a, b in zip(*frames))
+        assert len(frames[0]) == 7 and apart <= 2
