@@ -31,7 +31,7 @@ WIDTH = 96
 SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
-def train(sounds, steps=900, batch=24, seed=3):
+def train(sounds, steps=600, batch=24, seed=3):
     """audio_encoder/. sounds: the folder with sound fonts, drum kits and games."""
     torch.manual_seed(seed)
     teacher, answers = first_encoder(seed), Answers(seed)
@@ -45,7 +45,7 @@ def train(sounds, steps=900, batch=24, seed=3):
             wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
         return distillation_loss(wav2vec, head, crops, wanted)
 
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1e-3)
+    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)
     save(wav2vec, in_folder("audio_encoder"))
     for name, pieces in unseen_pieces(sounds, seed).items():
         print_accuracy(name, wav2vec, head, pieces, seed)
