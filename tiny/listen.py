@@ -1,14 +1,14 @@
-"""The music encoder: a small Wav2Vec 2.0 that hears the beat in every kind of music.
+"""The music encoder: a small Wav2Vec 2.0 that is taught the beat's phase, the tempo and the genre.
 
-First it is taught the beat's phase, the tempo and the genre on the world's own songs, until its
-tokens tell them cleanly. Then it goes on with sampled instruments and recordings, and learns to say
-of each what it first said of a song of the world's with the same beats: so whoever follows the
-first encoder follows the second.
+What ships was taught on the world's own songs alone (`first_encoder`). `hear_more` goes on from it
+with sampled instruments and recordings, and learns to say of each what it first said of a song of
+the world's with the same beats: so whoever follows the first encoder follows the second.
 """
 
 import copy
 import math
 import os
+import shutil
 from functools import cache
 from typing import NamedTuple
 
@@ -31,10 +31,28 @@ WIDTH = 96
 SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
-def train(sounds, steps=600, batch=24, seed=3):
-    """audio_encoder/. sounds: the folder with sound fonts, drum kits and games."""
+def teach(steps=700, batch=24, seed=3):
+    """audio_encoder/, on the world's own songs alone."""
     torch.manual_seed(seed)
-    teacher, answers = first_encoder(seed), Answers(seed)
+    wav2vec, head = fresh_wav2vec(), fresh_head()
+    kinds = [synthesised_pieces(500, seed)]
+
+    def loss(step):
+        rng = np.random.default_rng((seed, step))
+        return beat_loss(wav2vec, head, draw_crops(kinds, (1,), *crop_sizes(step, batch), rng))
+
+    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
+    save(wav2vec, in_folder("audio_encoder"))
+    print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
+
+
+def hear_more(sounds, steps=600, batch=24, seed=3):
+    """audio_encoder/ goes on with every kind of music; what it was stays in work/first_encoder.
+
+    sounds: the folder with sound fonts, drum kits and games.
+    """
+    torch.manual_seed(seed)
+    teacher, answers = first_encoder(), Answers(seed)
     wav2vec, head = copy.deepcopy(teacher).requires_grad_(), fresh_head()
     kinds = training_pieces(sounds, seed)
 
@@ -45,25 +63,17 @@ def train(sounds, steps=600, batch=24, seed=3):
             wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
         return distillation_loss(wav2vec, head, crops, wanted)
 
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)
+    fit("hear", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)  # more, and it forgets
     save(wav2vec, in_folder("audio_encoder"))
     for name, pieces in unseen_pieces(sounds, seed).items():
         print_accuracy(name, wav2vec, head, pieces, seed)
 
 
-def first_encoder(seed, steps=700, batch=24):
-    """Taught on the world's own songs alone; frozen. Kept in work/."""
+def first_encoder():
+    """What audio_encoder/ was before it heard more; frozen."""
     folder = os.path.join(WORK, "first_encoder")
     if not os.path.exists(folder):
-        wav2vec, head = fresh_wav2vec(), fresh_head()
-        kinds = [synthesised_pieces(500, seed)]
-
-        def loss(step):
-            rng = np.random.default_rng((seed, step))
-            return beat_loss(wav2vec, head, draw_crops(kinds, (1,), *crop_sizes(step, batch), rng))
-
-        fit("first-audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
-        save(wav2vec, folder)
+        shutil.copytree(in_folder("audio_encoder"), folder)
     return mi.load_pretrained_model("Wav2Vec2Model", folder, "cpu")
 
 
