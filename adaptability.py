@@ -11,7 +11,7 @@ on by the same command, and several processes may share a run folder, each with 
 import itertools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
 
@@ -147,7 +147,7 @@ def layer_numbers(text, depth):
     """[0, 1, 2, 5] from "0-2,5"; all from None. Raises InputError."""
     if text is None:
         return list(range(depth))
-    if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+    if not re.fullmatch(r"[0-9]{1,18}(-[0-9]{1,18})?(,[0-9]{1,18}(-[0-9]{1,18})?)*", text):
         raise mi.InputError(f"--layers {text}: give numbers and ranges such as 0-11 or 0,3,6")
     layers = set()
     for part in text.split(","):
@@ -300,17 +300,22 @@ class Sampler:
         """Yield the videos (3,T,H,W) in [-1,1] of a batch guided by a layer, None: by none."""
         o = self.options
         noise = [mi.noise_for(v.noise_seed, self.dit.config, o.frames, o.size) for v in batch]
-        texts = [self.texts[video.prompt] for video in batch]
-        text = [pad_sequence([pair[i][0] for pair in texts], batch_first=True) for i in (0, 1)]
-        null = [part.expand(len(batch), *part.shape[1:]) for part in self.null]
-        inputs = [tensor.to(o.device) for tensor in (torch.cat(noise), *text, *null)]
-        noise, text, null = inputs[0], inputs[1:3], inputs[3:5]
-        how = mi.SamplingOptions(o.size, o.frames, o.solver, o.steps, cfg=o.cfg)
+        noise = torch.cat(noise).to(o.device)
+        text = self.stacked([self.texts[video.prompt] for video in batch])
+        null = self.stacked([self.null] * len(batch))
+        how = {f.name: getattr(o, f.name) for f in fields(mi.VideoOptions)} | {"cfg": o.cfg}
         if layer is not None:
-            how.skip, how.skip_scale = (layer,), o.skip_scale
-        models = self.dit, self.decoder
-        for video in mi.noise_to_video(*models, noise, text, null, None, how, progress):
+            how |= {"skip": (layer,), "skip_scale": o.skip_scale}
+        how = mi.SamplingOptions(**how)
+        inputs = self.dit, self.decoder, noise, text, null, None
+        for video in mi.noise_to_video(*inputs, how, progress):
             yield video.clamp(-1, 1).cpu()
+
+    def stacked(self, texts):
+        """[(y_feat (1,L,D_text), y_mask (1,L))] -> one such pair, (B,...), padded at the end."""
+        columns = ([part[0] for part in column] for column in zip(*texts))
+        device = self.options.device
+        return [pad_sequence(column, batch_first=True).to(device) for column in columns]
 
 
 def save(result, options, settings, depth):

@@ -2131,10 +2131,13 @@ def peak_memory(device):
 
 def main(function):
     """Run a script's function: what the user can mend ends in one line and a non-zero exit."""
+    if sys.version_info < (3, 11):  # noqa: UP036
+        sys.exit("error: Python 3.11 or newer is needed")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of other alphabets
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
     try:
         function()
     except InputError as error:

@@ -5,14 +5,17 @@ step alone, so a run that was killed goes on by the same command and ends with t
 the bit, as one that never was.
 """
 
-import datetime
 import json
 import math
 import os
 import random
 import re
+import signal
 import time
 from dataclasses import asdict, dataclass, fields, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 import torch.distributed as dist
@@ -54,13 +57,14 @@ class Options(mi.AdapterOptions, mi.RunOptions):
     eval_sigmas: tuple = mi.option((0.75, 0.9), "noise levels of those losses", parse=float)
     sample_every: int = mi.option(0, "steps between videos of a held-out song; 0: none", low=0)
     seed: int = mi.option(42, "of everything", low=0)
+    shard: bool = mi.option(False, "processes share out the frozen blocks", line="device")
 
 
 # Options that another start of a run may change: the adapter stays the same
 # fmt: off
 FREE = {
     "data", "weights", "wild", "out", "min_size", "top", "device", "offload", "compile",
-    "save_every", "eval_every", "eval_clips", "eval_sigmas", "sample_every",
+    "shard", "save_every", "eval_every", "eval_clips", "eval_sigmas", "sample_every",
 }
 # fmt: on
 
@@ -72,6 +76,8 @@ def train(data, **given):
     """
     options, outline = mi.begin(Options, "training", given)
     complete(options, len(outline.blocks))
+    if options.rank > outline.width:
+        raise mi.InputError(f"--rank must be the model's width, {outline.width}, or less")
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -81,8 +87,7 @@ def train(data, **given):
         start = trainer.resume()
         for step in workers.progress(start, options.steps):
             trainer.step(step)
-    if workers.first:
-        print(f"{run.adapter}: peak memory {mi.peak_memory(options.device):.2f} GB")
+    print(f"{run.adapter}: peak memory {mi.peak_memory(options.device):.2f} GB")
     return run.adapter
 
 
@@ -98,11 +103,14 @@ def complete(options, depth):
         options.warmup = twentieth
     if options.half_life is None:
         options.half_life = twentieth
+    if options.offload and options.shard:
+        raise mi.InputError("--offload and --shard do not go together")
     if not all(0 <= sigma <= 1 for sigma in options.eval_sigmas):
         raise mi.InputError(f"--eval-sigmas must be from 0 to 1, not {options.eval_sigmas}")
     if options.min_size and len(options.min_size) != 2:
         raise mi.InputError("--min-size takes two numbers, such as 240 426")
     options.layers = pick_layers(options.layers, depth, options.weights, options.top)
+    options.top = None  # the layers have it
 
 
 def pick_layers(choice, depth, weights, top=None):
@@ -165,22 +173,8 @@ class Workers:
     """The processes that torchrun started, or this one alone."""
 
     def __init__(self, options):
-        self.count = int(os.environ.get("WORLD_SIZE", "1"))
-        self.first = os.environ.get("RANK", "0") == "0"
-        self.rank = 0
-        if self.count > 1:
-            self.join(options)
-
-    def join(self, options):
-        if "LOCAL_RANK" not in os.environ:
-            raise mi.InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
-        backend = "gloo"
-        if options.device == "cuda":
-            backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(options.device)
-        # The others wait while the first makes the cache
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-        self.rank = dist.get_rank()
+        self.rank, self.count = mi.join_processes(options)
+        self.first = self.rank == 0
 
     def __enter__(self):
         return self
@@ -216,8 +210,7 @@ class Workers:
 
 def prepare_data(data, options, config, workers):
     """Samples to train on, and the clips held out; one process computes what is computed once."""
-    if workers.first:
-        mi.print_options(options)
+    mi.print_options(options)
     folder = os.path.join(data, ".musicinfuser")
     clips, held_out, texts = workers.once(preprocess, data, folder, options, config)
     if not clips:
@@ -255,14 +248,16 @@ def preprocess(data, folder, options, config):
 
 def load_model(options, samples):
     """The frozen transformer with a fresh adapter, or that of --init, to train."""
-    path = os.path.join(options.weights, "dit.safetensors")
-    dit = mi.load_dit(path, options.device, mi.DTYPES[options.dtype], options.offload)
+    path, dtype = os.path.join(options.weights, "dit.safetensors"), mi.DTYPES[options.dtype]
+    dit = mi.load_dit(path, options.device, dtype, options.offload, options.shard)
     adapter = {f.name: getattr(options, f.name) for f in fields(mi.AdapterOptions)}
     example = samples.batch([0], 0)
     torch.manual_seed(options.seed)
     mi.infuse(dit, **adapter, audio_width=example.conditions["audio"].shape[-1])
     if options.init:
         copy_adapter(dit, options.init)
+    if options.shard:
+        mi.shard_blocks(dit, options.device, dtype)
     if options.compile:
         mi.compile_blocks(dit)
     if checkpoints(options, dit, example):
@@ -288,22 +283,27 @@ def activations(options, dit, example):
 
 def checkpoints(options, dit, example):
     """Checkpointing costs a third of the speed, so not where it would save little."""
-    return options.offload or len(dit.blocks) * activations(options, dit, example) > 2e9
+    if options.offload or options.shard:
+        return True
+    return len(dit.blocks) * activations(options, dit, example) > 2e9
 
 
-def memory(options, dit, example):
+def memory(options, dit, example, processes=1):
     """Bytes, about, that training takes on its device."""
     depth, block = len(dit.blocks), activations(options, dit, example)
     frozen = sum(p.numel() for p in dit.parameters() if not p.requires_grad)
+    in_blocks = sum(p.numel() for p in dit.blocks.parameters() if not p.requires_grad)
     if options.offload:  # a block at a time, or the next one too
-        in_blocks = sum(p.numel() for p in dit.blocks.parameters() if not p.requires_grad)
         there = 1 if options.device == "cpu" else 2
         frozen -= in_blocks * (depth - there) // depth
+    if options.shard:
+        frozen -= in_blocks * (processes - 1) // processes
     trained = sum(p.numel() for p in dit.parameters() if p.requires_grad)
+    kept = depth * block
     if checkpoints(options, dit, example):
         kept = block + depth * block / 40  # one, and the inputs of all
-    else:
-        kept = depth * block
+    if options.offload and options.device != "cpu":
+        kept = block  # the inputs wait in host memory
     # A trained number is float32, and so are its gradient and its two moments
     return frozen * mi.DTYPES[options.dtype].itemsize + 16 * trained + kept
 
@@ -326,8 +326,7 @@ class Trainer:
         """The step to go on from: that of the last save, or 0."""
         start = self.run.load(self.dit, self.optimiser)
         self.workers.begin_alike(self.parameters)
-        if self.workers.first:
-            self.report(start)
+        self.report(start)
         if start == self.options.steps and self.workers.first:
             mi.save_adapter(self.dit, self.run.adapter)  # which may be gone, or damaged
         return start
@@ -339,7 +338,7 @@ class Trainer:
         frames = 6 * (t - 1) + 1
         songs = len({clip.video.song for clip in clips})
         trained = sum(p.numel() for p in self.parameters)
-        size = memory(self.options, self.dit, example) / 1e9
+        size = memory(self.options, self.dit, example, self.workers.count) / 1e9
         print(f"video    {8 * h}x{8 * w}, {frames} frames at {fps} fps")
         hours = len(clips) * frames / fps / 3600
         print(f"data     {len(clips)} clips, {hours:.2f} hours, {songs} songs; ", end="")
@@ -350,20 +349,21 @@ class Trainer:
             print(f"going on from step {start}")
 
     def step(self, step):
+        """All processes compute the same things, as --shard needs; the first keeps them."""
         began = time.time()
         losses = self.gradients(step)
         line = {"step": step, "loss": mean(loss for _, loss in losses)}
         line |= self.update(step) | by_noise(losses) | {"seconds": time.time() - began}
-        if not self.workers.first:
-            return
         if self.held_out and self.is_due(step, self.options.eval_every):
             line |= self.evaluate()
-        self.run.log(line | {"memory_gb": mi.peak_memory(self.options.device)})
-        if self.is_due(step, self.options.save_every):
-            self.run.save(self.dit, self.optimiser, step + 1)
+        line["memory_gb"] = mi.peak_memory(self.options.device)
         every = self.options.sample_every
         if every and (step + 1) % every == 0 and self.held_out_clips:
             self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
+        if self.workers.first:
+            self.run.log(line)
+        if self.workers.first and self.is_due(step, self.options.save_every):
+            self.run.save(self.dit, self.optimiser, step + 1)
 
     def is_due(self, step, every):
         return (step + 1) % every == 0 or step + 1 == self.options.steps
@@ -424,7 +424,8 @@ class Trainer:
         decoder = mi.load_decoder(file, o.device, mi.DTYPES[o.dtype])
         (video,) = mi.noise_to_video(dit, decoder, noise, text, null, given["audio"], how)
         fps = dit.config.fps
-        mi.save_video(path, video, fps, clip.video.path, clip.start / fps)
+        if self.workers.first:
+            mi.save_video(path, video, fps, clip.video.path, clip.start / fps)
 
 
 def learning_rate(step, steps, peak, warmup):

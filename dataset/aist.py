@@ -135,6 +135,9 @@ def caption(video):
     path = os.path.splitext(video)[0] + ".txt"
     text = ""
     if os.path.isfile(path):  # not a folder of that name, nor a link to nowhere
-        with open(path, encoding="utf-8-sig", errors="replace") as file:
-            text = file.read().strip()
+        try:
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                text = file.read().strip()
+        except OSError as error:
+            raise mi.InputError(f"{path} cannot be read ({error.strerror})") from error
     return text or WILD_UNTITLED

@@ -21,18 +21,20 @@ class CannotGoOn(mi.InputError):
 
 
 @contextmanager
-def for_all_videos():
+def needed_by_all():
+    """What fails within it would fail for every video."""
     try:
         yield
-    except mi.InputError as error:
+    except (mi.InputError, OSError) as error:
         raise CannotGoOn(str(error)) from error
 
 
 class Cache:
     def __init__(self, folder):
         self.folder = folder
-        os.makedirs(folder, exist_ok=True)
-        clear_temporaries(folder)
+        with needed_by_all():
+            os.makedirs(folder, exist_ok=True)
+            clear_temporaries(folder)
         self.index = Index(self.path("index.jsonl"))
 
     def path(self, name):
@@ -45,7 +47,7 @@ class Cache:
 
     def write(self, name, tensors):
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        with for_all_videos():
+        with needed_by_all():
             mi.save_safetensors(self.path(name), tensors, {"checksum": checksum(name, tensors)})
         self.holds(name)  # reads it while it is at hand, so that the next run need not
 
@@ -103,7 +105,7 @@ class Index:
         return value
 
     def append(self, fact):
-        with open(self.path, "a", encoding="utf-8") as file:
+        with needed_by_all(), open(self.path, "a", encoding="utf-8") as file:
             file.write(f"\n{check_of(fact)} {fact}\n")  # on a line of its own after one cut short
 
 

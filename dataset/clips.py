@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import musicinfuser as mi
 from dataset.aist import PLAIN, WILD_PLAIN, Video
-from dataset.cache import Cache, CannotGoOn, for_all_videos
+from dataset.cache import Cache, CannotGoOn, needed_by_all
 
 CROPS_PER_MINUTE = 5
 EDGE = 0.05  # of a video, left out at both ends
@@ -52,14 +52,14 @@ class Preprocessor:
 
     @cached_property
     def latents_made_by(self):
-        with for_all_videos():
+        with needed_by_all():
             encoder = self.cache.digest_of(os.path.join(self.weights, "encoder.safetensors"))
         made_by = [encoder, version_of(mi.Encoder), str(self.dtype)]
         return [*made_by, self.size, self.frames, self.fps]
 
     @cached_property
     def music_made_by(self):
-        with for_all_videos():
+        with needed_by_all():
             encoder = self.cache.digest_of_model(os.path.join(self.weights, "audio_encoder"))
         return [encoder, version_of(mi.AudioEncoder), self.frames, self.fps]
 
@@ -73,13 +73,13 @@ class Preprocessor:
 
     @cached_property
     def encoder(self):
-        with for_all_videos():
+        with needed_by_all():
             path = os.path.join(self.weights, "encoder.safetensors")
             return mi.load_encoder(path, self.device, self.dtype)
 
     @cached_property
     def audio_encoder(self):
-        with for_all_videos():
+        with needed_by_all():
             return mi.AudioEncoder(self.weights, self.device)
 
     def clips(self, videos):
@@ -184,7 +184,7 @@ class Preprocessor:
         made_by = self.text_made_by
         entries = {p: f"text-{mi.digest([p, *made_by])}.safetensors" for p in prompts}
         missing = [prompt for prompt, entry in entries.items() if not self.cache.holds(entry)]
-        progress = tqdm(missing, "reading the texts", unit="text", mininterval=1)
+        progress = tqdm(total=len(missing), desc="reading the texts", disable=not missing)
         for i in range(0, len(missing), TEXTS_AT_ONCE):
             some = missing[i : i + TEXTS_AT_ONCE]
             device = mi.text_device(self.weights, self.device)
@@ -192,6 +192,7 @@ class Preprocessor:
             for prompt, (y_feat, y_mask) in zip(some, features, strict=True):
                 self.cache.write(entries[prompt], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
                 progress.update()
+        progress.close()
         return entries
 
 

@@ -141,8 +141,12 @@ class RunFolder:
             file.writelines(whole)
 
     def log(self, line):
-        with open(self.path("log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        path = self.path("log.jsonl")
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise mi.InputError(f"cannot write {path}: {error.strerror}") from error
 
 
 def step_of(line):

@@ -4,7 +4,7 @@ A row is train.py with other options, a cell is a row with a seed. The gap betwe
 held-out clips with another's song and with their own says how much the adapter listens, and takes
 no sampling. Finished cells are kept.
 
-Top to bottom:   rows | cells | which are there | tables | films | the command line
+Top to bottom:   cells | which are there | tables | films | the command line (the rows: rows.py)
 """
 
 import contextlib
@@ -12,7 +12,6 @@ import functools
 import json
 import os
 import platform
-import random
 import shlex
 import shutil
 import subprocess
@@ -26,143 +25,25 @@ from tqdm import tqdm
 import musicinfuser as mi
 import train
 from eval import films
+from eval.rows import (
+    GROUPS,
+    OMNIDANCE,
+    PRIOR,
+    ROWS,
+    TRUTH,
+    UNTAUGHT,
+    growing_with_depth,
+    layers_of,
+    rows_of,
+    slug,
+    untaught,
+)
 from eval.tables import markdown, mean_error
 from musicinfuser import option
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.join(ROOT, "tiny")
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
-
-# ----------------------------------------------------------------------------------------------
-# The rows: what differs from ours, the settings that the weights folder prefers in training
-# ----------------------------------------------------------------------------------------------
-
-PRIOR, TRUTH = "prior without music", "ground truth through the VAE"
-OMNIDANCE = "weights grow with depth (OmniDance)"  # ((l + 1) / L)^1.5, arXiv 2606.30019
-WAN_DANCER = "every fourth layer (Wan-Dancer)"  # arXiv 2607.09581
-UNTAUGHT = "audio encoder not taught beats"
-ROWS = {
-    "ours": {},
-    PRIOR: {},
-    "all layers": {"layers": "all"},
-    "ranked layers": {"layers": "ranked"},
-    "lowest-ranked layers": {"layers": "lowest"},
-    "evenly distributed layers": {"layers": "even"},
-    "first layers": {"layers": "first"},
-    "middle layers": {"layers": "middle"},
-    "last layers": {"layers": "last"},
-    WAN_DANCER: {"layers": "fourth"},
-    OMNIDANCE: {"layers": "all"},
-    **{f"random layers {i}": {"layers": f"random {i}"} for i in range(4)},
-    "feature addition": {"adapter": "add"},
-    "uniform noise": {"beta": 1.0},
-    "Beta-Uniform noise": {"beta": 3.0, "half_life": None},
-    "noise nearer to 1": {"beta": 0.5, "half_life": 1e9},
-    "no in-the-wild data": {"wild_ratio": 0.0},
-    "no zero initialisation": {"random_init": True},  # of ZICA's W_O alone, as in the paper
-    "LoRA rank 4": {"rank": 4},
-    "LoRA rank 64": {"rank": 64},
-    "no LoRA": {"rank": 0},
-    "base prompt never": {"base_prompt_ratio": 0.0},
-    "base prompt always": {"base_prompt_ratio": 1.0},
-    "plain ZICA, no window": {"window": None},
-    "window 0": {"window": 0},
-    "window 1": {"window": 1},
-    UNTAUGHT: {},
-}
-GROUPS = {  # names for several rows
-    "sets": ["ours", *(row for row, options in ROWS.items() if "layers" in options)],
-    "main": [
-        "ours",
-        PRIOR,
-        "plain ZICA, no window",
-        "feature addition",
-        "Beta-Uniform noise",
-        "no LoRA",
-        "ranked layers",
-        "first layers",
-        "last layers",
-        "evenly distributed layers",
-        "random layers 0",
-    ],
-}
-
-
-def slug(row):
-    """A row as its folder is called, and as it may be given on the command line."""
-    words = "".join(c for c in row if c.isalnum() or c in " -")
-    return words.replace(" ", "-")
-
-
-def rows_of(names):
-    """Rows by their names, their slugs or a group's. Raises InputError."""
-    known = {slug(row): [row] for row in ROWS} | GROUPS
-    chosen = []
-    for name in names or [slug(row) for row in ROWS]:
-        key = name if name in known else slug(name)
-        if key not in known:
-            raise mi.InputError(f"no row {name}; there are: {', '.join(known)}")
-        chosen += known[key]
-    return list(dict.fromkeys(chosen))
-
-
-def layers_of(choice, depth, weights):
-    """The layers of a row: what train.py takes, and a third of all for ranked, lowest and random N,
-    whose set follows from N and the depth alone. Raises InputError."""
-    kind, _, number = str(choice or "").partition(" ")
-    third = round(depth / 3)
-    if kind == "random":
-        return tuple(sorted(random.Random(number).sample(range(depth), third)))
-    if kind == "fourth":
-        return tuple(range(0, depth, 4))
-    if kind in ("ranked", "lowest"):
-        ranking = train.read_ranking(os.path.join(weights, "adaptability.json"), depth)
-        return tuple(sorted(ranking[:third] if kind == "ranked" else ranking[-third:]))
-    return tuple(train.pick_layers(choice, depth, weights))
-
-
-def untaught(weights, out):
-    """The weights folder with an audio encoder at random: what is it worth to teach it beats?"""
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    folder, taught = os.path.join(out, "untaught"), os.path.join(weights, "audio_encoder")
-    os.makedirs(folder, exist_ok=True)
-    for name in os.listdir(weights):
-        model = name.endswith(".safetensors") or name in ("text_encoder", "tokenizer")
-        if model and not os.path.lexists(os.path.join(folder, name)):
-            os.symlink(os.path.abspath(os.path.join(weights, name)), os.path.join(folder, name))
-    if not os.path.exists(os.path.join(folder, "audio_encoder")):
-        torch.manual_seed(0)
-        fresh = os.path.join(folder, ".tmp-audio")
-        Wav2Vec2Model(Wav2Vec2Config.from_pretrained(taught)).save_pretrained(fresh)
-        shutil.copy(os.path.join(taught, "preprocessor_config.json"), fresh)
-        os.rename(fresh, os.path.join(folder, "audio_encoder"))
-    return folder
-
-
-@contextlib.contextmanager
-def growing_with_depth(power=1.5):
-    """Within it, train.py's models weigh what the ZICA of layer l of L adds by ((l + 1) / L)^power,
-    as OmniDance does."""
-    load_model = train.load_model
-
-    def load_weighted(*arguments):
-        dit = load_model(*arguments)
-        for layer, zica in zip(dit.adapter.layers, dit.audio_cross_attn_blocks):
-            weight = ((layer + 1) / len(dit.blocks)) ** power
-            zica.to_out.register_forward_hook(functools.partial(scaled, weight))
-        return dit
-
-    train.load_model = load_weighted
-    try:
-        yield
-    finally:
-        train.load_model = load_model
-
-
-def scaled(weight, module, inputs, output):
-    return weight * output
-
 
 # ----------------------------------------------------------------------------------------------
 # A cell: OUT/<row>-<seed>/ as train.py makes it, output.txt, and result.json once it is finished
@@ -250,8 +131,8 @@ class Cell:
         held_out = samples.held_out(clips, o.eval_clips)
         losses = {}
         if held_out:
-            right, wrong = (deaf(batch.to(o.device)) for batch in held_out_pair(held_out))
-            losses = train.listening_gap(dit, right, wrong.conditions, SIGMAS, o.batch)
+            right, wrong = (deaf(batch).to(o.device) for batch in held_out)
+            losses = train.listening_gap(dit, right, wrong, SIGMAS, o.batch)
         return self.figures(losses) | {"layers": "none", "parameters": 0, "seconds": None}
 
     def figures(self, losses):
@@ -259,12 +140,6 @@ class Cell:
             raise mi.InputError(f"there are no clips of two test songs below {self.data}")
         gaps = {f"gap_{s}": losses[f"wrong_{s}"] - losses[f"right_{s}"] for s in SIGMAS}
         return gaps | {"held_out": float(np.mean([losses[f"right_{s}"] for s in SIGMAS]))}
-
-
-def held_out_pair(held_out):
-    """Two batches, with the own and with other songs, of Samples.held_out."""
-    batch, conditions = held_out
-    return batch, replace(batch, conditions=conditions)
 
 
 def deaf(batch):

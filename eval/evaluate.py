@@ -24,7 +24,7 @@ from eval.protocol import protocol
 
 
 def score_beats(videos, song=None):
-    """{video: {"music", "music_cfg", "own", "control"}}; the unscorable are named."""
+    """{video: {"music", "adapter", "music_cfg", "own", "control"}}; the unscorable are named."""
     bt.import_librosa()
     heard, motions = {}, {}
     for video in tqdm(videos, "motion and beats", unit="video"):
@@ -44,7 +44,8 @@ def scored(video, motion, heard):
     """heard: {video: (Music, beats)} of all videos."""
     music, beats = heard[video]
     controls = [bt.beat_scores(motion, other) for other in control_beats(motion, music, heard)]
-    row = {"music": music, "music_cfg": recipe_of(video).get("music_cfg")}
+    recipe = recipe_of(video)
+    row = {"music": music, **{name: recipe.get(name) for name in ("adapter", "music_cfg")}}
     row |= {"own": bt.beat_scores(motion, beats), "control": None}
     if controls:
         row["control"] = {name: float(np.mean([c[name] for c in controls])) for name in bt.SCORES}
@@ -151,9 +152,12 @@ def check(o):
         raise mi.InputError("--caption needs --judge, the model that describes")
     if not (o.videos or o.protocol or o.caption):
         raise mi.InputError("nothing to do: name videos, --protocol or --caption")
+    if o.judge and not os.path.isdir(o.judge):
+        raise mi.InputError(f"no such folder: {o.judge}")
+    for file in [*o.videos, *([o.song] if o.song else [])]:
+        if not os.path.isfile(file):
+            raise mi.InputError(f"no such file: {file}")
     for video in o.videos:
-        if not os.path.isfile(video):
-            raise mi.InputError(f"no such file: {video}")
         recipe_of(video)
     if o.videos or o.protocol:
         bt.import_librosa()

@@ -14,6 +14,7 @@ import os
 import numpy as np
 
 import musicinfuser as mi
+from eval.rows import GROUPS, slug
 
 SIGMA = 0.75  # of the noise, where the gap is the clearest
 SMOOTHING = 0.95  # of the loss from step to step
@@ -72,9 +73,14 @@ def kind_of(path):
 
 
 def cells_of(folder):
-    """[{}]: the result.json of all cells of an ablation."""
-    paths = [os.path.join(folder, name, "result.json") for name in sorted(os.listdir(folder))]
-    return [read_json(path) for path in paths if os.path.isfile(path)]
+    """{row's slug: [result.json of its seeds]} of an ablation, but for rows that are another."""
+    cells = {}
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name, "result.json")
+        result = read_json(path) if os.path.isfile(path) else {"as": "nothing"}
+        if "as" not in result:
+            cells.setdefault(name.rpartition("-")[0], []).append(result)
+    return cells
 
 
 # ----------------------------------------------------------------------------------------------
@@ -123,15 +129,23 @@ def draw_ranking(plt, paths):
 
 def draw_layers(plt, folders):
     figure, axis = plt.subplots(figsize=(5, 3.2))
+    sets = {slug(row) for row in GROUPS["sets"]}
     for folder in folders:
-        cells = [cell for cell in cells_of(folder) if cell["layers"] not in ("none", "")]
-        earliest = [min(map(int, cell["layers"].split(","))) for cell in cells]
-        gaps = [cell[f"gap_{SIGMA}"] for cell in cells]
-        axis.plot(earliest, gaps, ".", label=os.path.basename(os.path.normpath(folder)))
+        rows = [cells for row, cells in cells_of(folder).items() if row in sets]
+        earliest = [min(map(int, cells[0]["layers"].split(","))) for cells in rows]
+        gaps = [[cell[f"gap_{SIGMA}"] for cell in cells] for cells in rows]
+        means, errors = [np.mean(gap) for gap in gaps], [error_of(gap) for gap in gaps]
+        name = os.path.basename(os.path.normpath(folder))
+        axis.errorbar(earliest, means, errors, fmt=".", capsize=2, label=name)
     axis.axhline(0, color="grey", linewidth=0.5)
     axis.set(xlabel="earliest layer that listens", ylabel=f"gap at sigma {SIGMA}")
     axis.legend(frameon=False)
     return figure
+
+
+def error_of(values):
+    """The standard error of a mean; of one value it is not known, and none is drawn."""
+    return np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
 
 def draw_guidance(plt, paths):
@@ -149,16 +163,13 @@ def r_by_guidance(scores):
     """(scales, means of r, their standard errors) over the videos of a --json."""
     groups = {}
     for row in scores["beats"]["videos"].values():
-        if row.get("music_cfg") is not None:
+        if row.get("music_cfg") is not None and row.get("adapter") != "none":
             groups.setdefault(row["music_cfg"], []).append(row["own"]["r"])
     scales = sorted(groups)
     if not scales:
         raise mi.InputError("no video in it has a .json that tells its guidance by music")
-    errors = [
-        np.std(groups[s], ddof=1) / len(groups[s]) ** 0.5 for s in scales if len(groups[s]) > 1
-    ]
     means = [float(np.mean(groups[scale])) for scale in scales]
-    return scales, means, errors if len(errors) == len(scales) else None
+    return scales, means, [error_of(groups[scale]) for scale in scales]
 
 
 FIGURES = {

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 import musicinfuser as mi
 import train
-from eval import ablate, films, quality
+from eval import ablate, films, quality, rows
 from tiny import world
 
 SMALL = ["--steps", "2", "--batch", "1", "--seeds", "1", "2"]
@@ -36,6 +36,10 @@ def small(weights, dance_videos, tmp_path_factory):
     for path in weights.iterdir():
         (folder / path.name).symlink_to(path)
     mi.save_json(folder / "adaptability.json", {"ranking": [2, 0, 1]})
+    dit = mi.load_dit(weights / "dit.safetensors")
+    dit.config.training["rank"] = 8  # at most the width, which is 32
+    os.remove(folder / "dit.safetensors")
+    mi.save_dit(dit, folder / "dit.safetensors", torch.float32)
     return {"weights": str(folder), "data": str(dance_videos), "steps": 2, "batch": 1}
 
 
@@ -90,8 +94,8 @@ def test_only_what_was_deleted_is_made_again(made, small, capsys):
     before = files(out)
     kept = json.loads((out / "feature-addition-1" / "result.json").read_text())
     shutil.rmtree(out / "feature-addition-1")
-    rows = ["ours", "feature-addition"]
-    ablate.ablate(rows, out=str(out), seeds=(1, 2), **small)
+    names = ["ours", "feature-addition"]
+    ablate.ablate(names, out=str(out), seeds=(1, 2), **small)
     assert "left     1 of 4" in capsys.readouterr().out
     after = files(out)
     changed = {path for path in before if after.get(path) != before[path]}
@@ -167,17 +171,17 @@ def breaks_at_rank_4(run):
 def test_a_row_that_fails_stays_in_the_table_and_the_others_go_on(
     small, tmp_path, monkeypatch, capsys
 ):
-    run, rows, options = train.train, ["LoRA rank 4", "no LoRA"], {"out": str(tmp_path)}
+    run, names, options = train.train, ["LoRA rank 4", "no LoRA"], {"out": str(tmp_path)}
     monkeypatch.setattr(train, "train", breaks_at_rank_4(run))
-    results, failed = ablate.ablate(rows, seeds=(1,), **small | options)
+    results, failed = ablate.ablate(names, seeds=(1,), **small | options)
     assert list(results) == ["no LoRA"] and list(failed) == ["LoRA rank 4"]
     words = "| LoRA rank 4 | failed: seed 1: RuntimeError: no memory at all |"
     assert words in capsys.readouterr().out
     ablate.ablate(table=True, weights=small["weights"], **options)
     assert "| LoRA rank 4 | failed" in capsys.readouterr().out
     monkeypatch.setattr(train, "train", run)
-    results, failed = ablate.ablate(rows, seeds=(1,), **small | options)
-    assert set(results) == set(rows) and not failed
+    results, failed = ablate.ablate(names, seeds=(1,), **small | options)
+    assert set(results) == set(names) and not failed
 
 
 def test_a_failure_ends_with_an_error_after_the_table(small, tmp_path):
@@ -195,10 +199,11 @@ def test_a_failure_ends_with_an_error_after_the_table(small, tmp_path):
 # ----------------------------------------------------------------------------------------------
 
 
-def test_every_row_trains(small, tmp_path):
+def test_every_row_trains(small, tmp_path, monkeypatch):
     """Also those whose options no other test uses; at depth 3 some sets are the same."""
+    monkeypatch.setitem(rows.ROWS, "LoRA rank 64", {"rank": 32})
     results, failed = ablate.ablate(out=str(tmp_path), seeds=(1,), **small)
-    assert set(results) == set(ablate.ROWS) and not failed
+    assert set(results) == set(rows.ROWS) and not failed
     sizes = {name: cells[1]["parameters"] for name, cells in results.items()}
     assert sizes["no LoRA"] < sizes["LoRA rank 4"] < sizes["LoRA rank 64"]
     assert sizes["first layers"] < sizes["all layers"]
@@ -207,16 +212,20 @@ def test_every_row_trains(small, tmp_path):
     noise = identities["Beta-Uniform noise"]
     assert noise["beta"] == 3 and noise["half_life"] == 1
     assert identities["no zero initialisation"]["random_init"] is True
-    assert results[ablate.OMNIDANCE][1]["held_out"] != results["all layers"][1]["held_out"]
+    assert results[rows.OMNIDANCE][1]["held_out"] != results["all layers"][1]["held_out"]
 
 
 def test_a_row_that_is_another_is_not_trained_twice(small, tmp_path, monkeypatch, capsys):
     trained, run = [], train.train
-    note = lambda data, **options: trained.append(options["out"]) or run(data, **options)  # noqa: E731
+
+    def note(data, **options):
+        trained.append(options["out"])
+        return run(data, **options)
+
     monkeypatch.setattr(train, "train", note)
-    monkeypatch.setitem(ablate.ROWS, "window 0", {"beta": 3.0})
-    rows = ["ours", "Beta-Uniform noise", "window 0", "first layers", "ranked layers"]
-    results, _ = ablate.ablate(rows, out=str(tmp_path), seeds=(1,), **small)
+    monkeypatch.setitem(rows.ROWS, "window 0", {"beta": 3.0})
+    names = ["ours", "Beta-Uniform noise", "window 0", "first layers", "ranked layers"]
+    results, _ = ablate.ablate(names, out=str(tmp_path), seeds=(1,), **small)
     assert trained == [str(tmp_path / f"{name}-1") for name in ("ours", "first-layers")]
     printed = capsys.readouterr().out
     for row in ("Beta-Uniform noise", "window 0", "ranked layers"):
@@ -227,13 +236,13 @@ def test_a_row_that_is_another_is_not_trained_twice(small, tmp_path, monkeypatch
 def test_the_prior_hears_nothing_and_an_untrained_adapter_is_the_prior(small, tmp_path):
     """At step 0 the learning rate is 0, so that after one step the zeros still stand."""
     options = small | {"steps": 1, "seeds": (1, 2), "out": str(tmp_path)}
-    results, _ = ablate.ablate(["ours", ablate.PRIOR], **options)
+    results, _ = ablate.ablate(["ours", rows.PRIOR], **options)
     for seed in (1, 2):
-        ours, prior = results["ours"][seed], results[ablate.PRIOR][seed]
+        ours, prior = results["ours"][seed], results[rows.PRIOR][seed]
         assert [prior[f"gap_{s}"] for s in ablate.SIGMAS] == [0, 0, 0, 0]
         assert prior["parameters"] == 0
         assert ours["held_out"] == pytest.approx(prior["held_out"], rel=1e-5)
-    first, second = (results[ablate.PRIOR][seed]["held_out"] for seed in (1, 2))
+    first, second = (results[rows.PRIOR][seed]["held_out"] for seed in (1, 2))
     assert first != second  # each seed has its noise
 
 
@@ -248,7 +257,7 @@ def test_zica_grows_with_depth_within_its_row_only(small):
 
     train.Batch = sys.modules["dataset.batches"].Batch
     plain = train.load_model(options, Example())
-    with ablate.growing_with_depth():
+    with rows.growing_with_depth():
         weighted = train.load_model(options, Example())
     x = torch.randn(1, 4, 32)
     for layer in range(3):
@@ -267,7 +276,7 @@ def test_the_untaught_encoder_is_of_the_same_sizes_and_always_the_same(small, tm
         return Wav2Vec2Model.from_pretrained(os.path.join(folder, "audio_encoder")).state_dict()
 
     taught = load(small["weights"])
-    folders = [ablate.untaught(small["weights"], str(tmp_path / name)) for name in "aba"]
+    folders = [rows.untaught(small["weights"], str(tmp_path / name)) for name in "aba"]
     first, *others = map(load, folders)
     assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in taught.items()}
     assert all(torch.equal(first[k], other[k]) for other in others for k in first)
@@ -281,30 +290,31 @@ def test_the_untaught_encoder_is_of_the_same_sizes_and_always_the_same(small, tm
 def test_the_rows_choose_valid_layers(depth, tmp_path):
     ranking = sorted(range(depth), key=lambda layer: math.sin(7 * layer + 3))
     mi.save_json(tmp_path / "adaptability.json", {"ranking": ranking})
-    rows = [row for row in ablate.GROUPS["sets"][1:] if row != ablate.OMNIDANCE]
-    sets = {row: ablate.layers_of(ablate.ROWS[row]["layers"], depth, str(tmp_path)) for row in rows}
+    names = [row for row in rows.GROUPS["sets"][1:] if row != rows.OMNIDANCE]
+    choices = {row: rows.ROWS[row]["layers"] for row in names}
+    sets = {row: rows.layers_of(choices[row], depth, str(tmp_path)) for row in names}
     assert sets["ranked layers"] == tuple(sorted(ranking[: depth // 3]))
     assert sets["lowest-ranked layers"] == tuple(sorted(ranking[-(depth // 3) :]))
-    assert sets[ablate.WAN_DANCER] == tuple(range(0, depth, 4))
+    assert sets[rows.WAN_DANCER] == tuple(range(0, depth, 4))
     for row, layers in sets.items():
         assert list(layers) == sorted(set(layers)) and 0 <= layers[0] and layers[-1] < depth
-        if row not in ("all layers", ablate.WAN_DANCER):
+        if row not in ("all layers", rows.WAN_DANCER):
             assert len(layers) == depth // 3
     assert len(set(sets.values())) == len(sets) == 12  # the random ones too, from each other
-    assert ablate.layers_of(None, depth, str(tmp_path)) == sets["ranked layers"]
-    assert ablate.layers_of("0,2", depth, str(tmp_path)) == (0, 2)
-    assert ablate.layers_of([0, 2], depth, str(tmp_path)) == (0, 2)
+    assert rows.layers_of(None, depth, str(tmp_path)) == sets["ranked layers"]
+    assert rows.layers_of("0,2", depth, str(tmp_path)) == (0, 2)
+    assert rows.layers_of([0, 2], depth, str(tmp_path)) == (0, 2)
 
 
 def test_rows_have_options_of_train_and_names_of_their_own():
     names = {f.name for f in train.fields(train.Options)}
-    assert all(option in names for row in ablate.ROWS.values() for option in row)
-    slugs = [ablate.slug(row) for row in ablate.ROWS]
+    assert all(option in names for row in rows.ROWS.values() for option in row)
+    slugs = [rows.slug(row) for row in rows.ROWS]
     assert len(set(slugs)) == len(slugs) and not any(set(" /()") & set(name) for name in slugs)
-    assert all(row in ablate.ROWS for group in ablate.GROUPS.values() for row in group)
-    assert ablate.rows_of(["plain ZICA, no window", "no-LoRA", "no-LoRA"])[1:] == ["no LoRA"]
+    assert all(row in rows.ROWS for group in rows.GROUPS.values() for row in group)
+    assert rows.rows_of(["plain ZICA, no window", "no-LoRA", "no-LoRA"])[1:] == ["no LoRA"]
     with pytest.raises(mi.InputError, match="no row none; there are: ours, "):
-        ablate.rows_of(["none"])
+        rows.rows_of(["none"])
 
 
 # ----------------------------------------------------------------------------------------------
@@ -342,17 +352,16 @@ def test_films_of_ours_between_the_prior_and_the_ground_truth(
     folder = tmp_path / "out" / "films"
     scores = {
         row: [
-            json.loads((folder / f"{ablate.slug(row)}-{seed}-2.json").read_text())
-            for seed in (1, 2)
+            json.loads((folder / f"{rows.slug(row)}-{seed}-2.json").read_text()) for seed in (1, 2)
         ]
-        for row in ("ours", ablate.PRIOR, ablate.TRUTH)
+        for row in ("ours", rows.PRIOR, rows.TRUTH)
     }
     frechet = np.array([found["frechet"] for found in scores["ours"]])
     error = frechet.std(ddof=1) / math.sqrt(2)
     assert f"{frechet.mean():.2f} ± {error:.2f} | 2 |" in printed
     for kind in films.KINDS:
-        assert set(scores[ablate.TRUTH][0][kind]) == {"r", "other", "tempo"}
-    assert scores["ours"][0]["people"] != scores[ablate.PRIOR][0]["people"]
+        assert set(scores[rows.TRUTH][0][kind]) == {"r", "other", "tempo"}
+    assert scores["ours"][0]["people"] != scores[rows.PRIOR][0]["people"]
     before = files(folder)
     monkeypatch.setattr(ablate, "filmed", None)  # nothing is filmed again
     ablate.ablate(["ours"], **options)

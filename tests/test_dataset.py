@@ -259,6 +259,23 @@ def test_features_that_are_not_finite_are_never_kept(
     assert "the encoder's audio is not finite" in capsys.readouterr().out
 
 
+def test_what_no_video_can_help_is_said_once(weights, videos, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(mi.InputError, match="encoder.safetensors cannot be read"):
+        preprocessor(tmp_path / "cache", tmp_path / "empty").clips(videos)
+    (tmp_path / "file").touch()
+    with pytest.raises(mi.InputError, match="File exists"):
+        preprocessor(tmp_path / "file", weights)
+
+    def full(path, *_):
+        raise mi.InputError(f"cannot write {path}: no space left on device")
+
+    monkeypatch.setattr(mi, "save_safetensors", full)
+    with pytest.raises(mi.InputError, match="no space left"):
+        preprocessor(tmp_path / "cache", weights).clips(videos)
+    assert "skipped" not in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------
 # Texts
 # ------------------------------------------------------------------------------------------------

@@ -196,6 +196,8 @@ def test_a_recipe_that_is_none_is_one_line(words, tmp_path):
 BAD = {
     "nothing to do": [],
     "no such file: none.mp4": ["none.mp4"],
+    "no such file: none.wav": ["README.md", "--song", "none.wav"],
+    "no such folder: none": ["README.md", "--judge", "none"],
     "--caption needs --judge": ["--caption", "."],
     "--protocol needs --songs": ["--protocol"],
 }
@@ -226,7 +228,10 @@ def test_bad_input_on_the_real_command_line(tmp_path):
 def test_answers_are_kept_counted_and_laid_out_as_table_1(tmp_path, monkeypatch, capsys):
     videos = [dance(tmp_path / f"{name}.mp4", frames=7) for name in "ab"]
     monkeypatch.setattr(jd, "load_judge", lambda *_: "a judge")
-    unsure = lambda _, video, text: "no idea" if "imaging" in text and "a.mp4" in video else "8/10"  # noqa: E731
+
+    def unsure(_, video, text):
+        return "no idea" if "imaging" in text and "a.mp4" in video else "8/10"
+
     monkeypatch.setattr(jd, "ask", unsure)
     out = str(tmp_path / "scores.json")
     ev.judge_report(videos, "some", out)

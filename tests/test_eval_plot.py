@@ -22,9 +22,12 @@ def run_folder(folder, steps=10):
 
 
 def ablation_folder(folder):
-    for i in range(3):
-        cell = {"layers": f"{i},{i + 1}", "gap_0.75": 0.01 / (i + 1)}
-        mi.save_json(folder / f"row-{i}" / "result.json", cell)
+    for row, layers in (("ours", "0,1"), ("last-layers", "2,3"), ("no-LoRA", "0,1")):
+        for seed in (1, 2):
+            cell = {"layers": layers, "gap_0.75": 0.01 * seed}
+            mi.save_json(folder / f"{row}-{seed}" / "result.json", cell)
+    twin = {"layers": "0,1", "gap_0.75": 1, "as": "ours"}
+    mi.save_json(folder / "all-layers-1" / "result.json", twin)
     mi.save_json(folder / "prior-1" / "result.json", {"layers": "none", "gap_0.75": 0})
     return str(folder)
 
@@ -43,6 +46,13 @@ def test_every_figure_is_drawn(tmp_path):
     names = [os.path.basename(picture) for picture in pictures]
     assert names == ["training.png", "layers.png", "guidance.png", "ranking.png"]
     assert all(open(picture, "rb").read(4) == b"\x89PNG" for picture in pictures)
+
+
+def test_layers_are_of_the_sets_alone(tmp_path):
+    figure = plot.draw_layers(plot.load_pyplot(), [ablation_folder(tmp_path / "ablate")])
+    line = figure.axes[0].lines[0]
+    assert sorted(line.get_xdata()) == [0, 2]
+    assert list(line.get_ydata()) == pytest.approx([0.015, 0.015])
 
 
 def test_r_by_guidance_is_a_mean_with_its_error():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import musicinfuser as mi
-from tiny import make, music, recordings, world
+from tiny import listen, make, music, recordings, world
 
 TINY = make.HERE
 
@@ -183,15 +183,38 @@ def test_beat_at_goes_on_beyond_the_ends():
     )
 
 
+def a_piece():
+    return listen.as_piece(music.compose("HO", 120, 1, 10.0), "HO", 120, "synthesiser")
+
+
 def test_crop_knows_its_beats():
-    piece = make.as_piece(music.compose("HO", 120, 1, 10.0), "HO", 120, "synthesiser")
     rng = np.random.default_rng(0)
     for rougher in (False, True):
-        samples, beat, genre = make.crop_of(piece, make.CLIP, rng, rougher)
-        assert len(samples) == int(np.ceil(make.CLIP * music.RATE)) and len(beat) == 126
-        assert genre == list(world.GENRES).index("HO")
-        tempo = 60 * np.diff(beat).mean() / make.TOKEN
+        crop = listen.crop_of(a_piece(), listen.CLIP, rng, rougher)
+        assert len(crop.rough) == len(crop.clean) == int(np.ceil(listen.CLIP * music.RATE))
+        assert len(crop.beat) == 126 and crop.genre == list(world.GENRES).index("HO")
+        tempo = 60 * np.diff(crop.beat).mean() / listen.TOKEN
         assert 97 < tempo < 147 if rougher else abs(tempo - 120) < 0.1
+
+
+def test_answer_has_the_beats_of_what_was_asked(monkeypatch):
+    """The song that stands for a recording begins to sound on the recording's beats."""
+
+    def click(genre, tempo, seed, seconds):
+        song = np.zeros(int(seconds * music.RATE), np.float32)
+        song[(np.arange(0, seconds, 60 / tempo) * music.RATE).astype(int)] = 1
+        return song
+
+    monkeypatch.setattr(music, "compose", click)
+    answers = listen.Answers(0)
+    monkeypatch.undo()
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        crop = listen.crop_of(a_piece()._replace(source="a recording"), listen.CLIP, rng)
+        clicks = np.flatnonzero(answers.to(crop, rng) > 0.3) / music.RATE
+        times = listen.TOKEN * np.arange(len(crop.beat)) + listen.TOKEN / 1.6
+        off = np.interp(clicks, times, crop.beat) + 0.5
+        assert np.abs(off % 1 - 0.5)[1:-1].max() < 0.02
 
 
 # The command
@@ -222,10 +245,11 @@ def test_data_takes_a_folder_and_a_number():
         make.parse(["data", "--videos", "0"])
 
 
-def test_data_is_what_training_finds(tmp_path):
+def test_data_is_what_training_finds(tmp_path, monkeypatch):
     from dataset.aist import find_videos
 
-    make.make_data(make.parse(["data", str(tmp_path), "--videos", "4", "--sounds", ""]))
+    monkeypatch.setattr(make.Songs, "make", lambda *a: music.compose("HO", 120, 1, 18.0))
+    make.make_data(make.parse(["data", str(tmp_path), "--videos", "4"]))
     aist = find_videos(tmp_path / "aist", split="test")
     wild = find_videos(tmp_path / "aist", tmp_path / "wild")
     assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]

@@ -1,4 +1,5 @@
-"""The loop that trains every stage of tiny/make.py: resumable, and the same whether it was stopped or not."""
+"""The loop that trains every stage of tiny/make.py: resumable, and the same whether it was
+stopped or not."""
 
 import math
 import os
@@ -15,9 +16,9 @@ from tiny.studio import WORK
 def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
     """Train `parameters`, {name: tensor}, in place; they end as the moving average of the weights.
 
-    loss(step) -> (loss, {name: number to show}): its randomness must follow from the step alone, so that a run that was
-    stopped goes on as if it had not been. The rate falls with a cosine. Saved every `save_every` seconds.
-    """
+    loss(step) -> (loss, {name: number to show}): its randomness must follow from the step alone,
+    so that a run that was stopped goes on as if it had not been. The rate falls with a cosine.
+    Saved every `save_every` seconds."""
     run = Fit(name, parameters)
     start, saved, shown = run.resume(), time.time(), {}
     bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
@@ -38,8 +39,9 @@ def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
 
 
 class Fit:
-    """Muon for the matrices, AdamW for the rest, on float32 copies of the parameters, so that bfloat16 ones (four times
-    as fast where the CPU has AMX) lose nothing; and the moving average of the copies."""
+    """Muon for the matrices, AdamW for the rest, on float32 copies of the parameters, so that
+    bfloat16 ones (four times as fast where the CPU has AMX) lose nothing; and the moving average
+    of the copies."""
 
     def __init__(self, name, parameters, decay=0.998):
         self.path = os.path.join(WORK, f"{name}.safetensors")

@@ -2,7 +2,7 @@
 
 python -m tiny.make                           every stage, one after another
 python -m tiny.make vae text                  these stages
-python -m tiny.make data toy --videos 640     the toy AIST set, for train.py --data toy/aist --wild toy/wild
+python -m tiny.make data toy --videos 640     the toy AIST set, for train.py
 python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from string import ascii_uppercase
 
 import numpy as np
@@ -27,9 +26,8 @@ import musicinfuser as mi
 import train
 from dataset.aist import TEST_SONGS
 from eval.quality import reference_statistics
-from tiny import music, recordings, world
+from tiny import listen, music, world
 from tiny.fit import as_bfloat16, fit, named
-from tiny.recordings import Piece
 from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
 
@@ -209,7 +207,8 @@ def make_tokenizer(seed):
 
 
 def write_tokenizer_json(folder):
-    """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns the tokenizer."""
+    """tokenizer.json beside the folder's spiece.model, every piece with the same number; returns
+    the tokenizer."""
     from sentencepiece import sentencepiece_model_pb2
     from transformers import T5Tokenizer
 
@@ -223,161 +222,8 @@ def write_tokenizer_json(folder):
     return tokenizer
 
 
-# --------------------------------------------------------------------------------------------------
-# The music encoder: a small Wav2Vec 2.0 is taught the beat. Each token is to tell phase, tempo and genre.
-# --------------------------------------------------------------------------------------------------
-
-TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
-CLIP = mi.audio_seconds(FRAMES, FPS)
-
-
-def make_audio(options, steps=2400, batch=32, seed=3):
-    from transformers import Wav2Vec2FeatureExtractor
-
-    torch.manual_seed(seed)
-    wav2vec = fresh_wav2vec()
-    head = nn.Linear(96, 3 + len(world.GENRES))
-    makers = training_pieces(options.sounds, seed)
-
-    def loss(step):
-        rng, _ = generators(seed, step)
-        seconds, size = (6.0, batch // 2) if step % 4 == 3 else (CLIP, batch)
-        drawn = [makers[k] for k in rng.choice(len(makers), size, p=SHARES)]
-        crops = [crop_of(pieces[rng.integers(len(pieces))], seconds, rng) for pieces in drawn]
-        return audio_loss(wav2vec, head, crops)
-
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 2e-3)
-    wav2vec.bfloat16().save_pretrained(in_folder("audio_encoder"))
-    normalise = Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False)
-    normalise.save_pretrained(in_folder("audio_encoder"))
-    wav2vec.float()
-    for name, pieces in unseen_pieces(options.sounds, seed).items():
-        rng, _ = generators(seed, 10**6)
-        picked = [pieces[i % len(pieces)] for i in range(max(192, len(pieces)))]
-        with torch.no_grad():
-            numbers = audio_loss(
-                wav2vec, head, [crop_of(piece, CLIP, rng, False) for piece in picked]
-            )[1]
-        print(
-            f"audio encoder, {name}:",
-            " ".join(f"{key} {value:.3f}" for key, value in numbers.items()),
-        )
-
-
-def fresh_wav2vec():
-    from transformers import Wav2Vec2Config, Wav2Vec2Model
-
-    sizes = {
-        "hidden_size": 96,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "intermediate_size": 384,
-    }
-    sizes |= {
-        "conv_dim": (48,) * 7,
-        "num_conv_pos_embeddings": 64,
-        "num_conv_pos_embedding_groups": 8,
-    }
-    rates = "hidden_dropout attention_dropout activation_dropout feat_proj_dropout layerdrop mask_time_prob"
-    return Wav2Vec2Model(
-        Wav2Vec2Config(vocab_size=32, **sizes, **dict.fromkeys(rates.split(), 0.0))
-    )
-
-
-SHARES = (
-    0.35,
-    0.35,
-    0.30,
-)  # of the synthesiser's songs, of the sampled instruments', of recordings
-
-
-def training_pieces(sounds, seed):
-    """Three lists of Pieces, one for each of SHARES."""
-    synthesised = [
-        synthesised_piece((seed, 1, i)) for i in tqdm(range(448), "composing", mininterval=10)
-    ]
-    instruments = sampled_instruments(sounds)
-    played = [
-        sampled_piece((seed, 2, i), *instruments)
-        for i in tqdm(range(560), "playing", mininterval=10)
-    ]
-    return synthesised, played, recordings.pieces_of(sounds, recordings.TRAINING)
-
-
-def unseen_pieces(sounds, seed):
-    """{name: [Piece]} of songs drawn anew and of the packages that were kept back."""
-    instruments = sampled_instruments(sounds)
-    return {
-        "the world's songs": [synthesised_piece((seed, 1001, i)) for i in range(64)],
-        "sampled instruments": [sampled_piece((seed, 1002, i), *instruments) for i in range(64)],
-        "recordings": recordings.pieces_of(sounds, recordings.VALIDATION),
-    }
-
-
-@cache
-def sampled_instruments(sounds):
-    fonts, kits = music.find_sounds(sounds)
-    return fonts, [music.load_kit(kit) for kit in kits]
-
-
-def synthesised_piece(seed):
-    rng = np.random.default_rng(seed)
-    song, genre, tempo = music.draw_song(rng, seconds=10.0)
-    if rng.random() < 0.3:
-        song = music.recorded(song, rng)
-    return as_piece(song, genre, tempo, "synthesiser")
-
-
-def sampled_piece(seed, fonts, kits):
-    rng = np.random.default_rng(seed)
-    genre = str(rng.choice(list(world.GENRES)))
-    tempo = music.draw_tempo(rng, genre)
-    song = music.play_sampled(genre, tempo, int(rng.integers(2**31)), 16.0, fonts, kits)
-    return as_piece(music.recorded(song, rng), genre, tempo, "sampled")
-
-
-def as_piece(song, genre, tempo, source):
-    beats = np.arange(0, len(song) / music.RATE, 60 / tempo)
-    return Piece(song.astype(np.float16), beats, list(world.GENRES).index(genre), source)
-
-
-def crop_of(piece, seconds, rng, rougher=True):
-    """(samples, beat at each token, genre): at another speed in half of them, so that tempos are many."""
-    speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
-    last = len(piece.samples) / music.RATE - seconds * speed - 0.02
-    start = rng.uniform(0, max(last, 0))
-    at = (start + speed * np.arange(math.ceil(seconds * music.RATE)) / music.RATE) * music.RATE
-    first, end = int(start * music.RATE), int(at[-1]) + 2
-    near = piece.samples[first:end].astype(np.float32)
-    samples = np.interp(at - first, np.arange(len(near)), near)
-    if rougher:
-        samples = music.rough(samples, rng)
-    times = start + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + 0.0125)
-    return samples, recordings.beat_at(piece.beats, times), piece.genre
-
-
-def audio_loss(wav2vec, head, crops):
-    samples, beats, genres = zip(*crops)
-    x = torch.from_numpy(np.stack(samples)).float()
-    x = (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
-    out = head(wav2vec(x).last_hidden_state)  # (B, A, 3 + genres)
-    beat = torch.from_numpy(np.stack(beats)[:, : out.shape[1]])
-    tempo = 60 / TOKEN * (beat[:, -1] - beat[:, 0]) / (beat.shape[1] - 1)  # BPM
-    octaves = torch.log2(tempo / 104).float()[:, None].expand(-1, out.shape[1])
-    turn = torch.stack([(2 * math.pi * beat).cos(), (2 * math.pi * beat).sin()], -1).float()
-    phase = (out[..., :2] - turn).square().sum(-1).mean()
-    off = out[..., 2] - octaves
-    genres, logits = torch.tensor(genres), out[..., 3:].mean(1)
-    known = genres >= 0
-    genre = F.cross_entropy(logits[known], genres[known]) if known.any() else logits.sum() * 0
-    numbers = {
-        "cosine": F.cosine_similarity(out[..., :2], turn, dim=-1).mean().item(),
-        "octaves off": off.abs().mean().item(),
-        "genre right": (logits.argmax(1) == genres)[known].float().mean().item()
-        if known.any()
-        else math.nan,
-    }
-    return phase + F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) * 2 + 0.2 * genre, numbers
+def make_audio(options):
+    listen.train(options.sounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -482,7 +328,8 @@ def spread(size, generator):
 
 
 def make_layers(options, clips=200, seeds=2):
-    """reference.safetensors, the statistics of the world's clips, and adaptability.json, the ranking by them."""
+    """reference.safetensors, the statistics of the world's clips, and adaptability.json, the
+    ranking by them."""
     rng = np.random.default_rng(88)
     pictures = (world.render(world.draw_scene(rng), world.steady_beat(rng)) for _ in range(clips))
     videos = (
@@ -504,7 +351,8 @@ SONGS = 24  # of each genre, as mBR0, mBR1, ...: AIST has six
 
 
 def make_data(options, seed=5):
-    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere, with captions."""
+    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere,
+    with captions."""
     rng = np.random.default_rng(seed)
     songs = Songs(os.path.join(os.path.abspath(options.folder), "songs"), options.sounds)
     aist = options.videos - options.videos // 2
@@ -537,27 +385,34 @@ def make_data(options, seed=5):
 
 
 class Songs:
-    """The world's songs as files, made when they are first asked for; a third are of sampled instruments."""
+    """The world's songs as files, made when they are first asked for: a third by the synthesiser, a
+    third as if recorded, a third of sampled instruments."""
 
     def __init__(self, folder, sounds):
-        self.folder, self.sounds, self.made = folder, sounds, {}
+        self.folder, self.made, self.instruments = folder, {}, None
+        try:
+            self.instruments = listen.sampled_instruments(sounds)
+        except mi.InputError as error:
+            print(f"the synthesiser plays all songs, not two thirds of them: {error}")
 
     def find(self, genre, number, seconds=20.0):
         """(path, tempo) of the song m<genre><number>."""
         path = os.path.join(self.folder, f"m{genre}{number}.wav")
         if path not in self.made:
             seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
-            tempo = math.exp(np.random.default_rng(seed).uniform(math.log(60), math.log(180)))
-            if number % 3 == 2 and self.sounds:
-                song = music.play_sampled(
-                    genre, tempo, seed, seconds, *sampled_instruments(self.sounds)
-                )
-            else:
-                song = music.compose(genre, tempo, seed, seconds)
+            rng = np.random.default_rng(seed)
+            tempo = math.exp(rng.uniform(math.log(60), math.log(180)))
             os.makedirs(self.folder, exist_ok=True)
-            music.save_wav(path, song)
+            music.save_wav(path, self.make(number % 3, genre, tempo, seed, seconds, rng))
             self.made[path] = tempo
         return path, self.made[path]
+
+    def make(self, maker, genre, tempo, seed, seconds, rng):
+        if maker == 2 and self.instruments:
+            song = music.play_sampled(genre, tempo, seed, seconds, *self.instruments)
+        else:
+            song = music.compose(genre, tempo, seed, seconds)
+        return song if maker == 0 else music.recorded(song, rng)
 
 
 def make_adapter(options):

@@ -1,8 +1,9 @@
-"""The toy world in sound: songs in ten genres, composed here, played by a synthesiser or by sampled instruments.
+"""The toy world in sound: songs in ten genres, composed here, played by a synthesiser or by sampled
+instruments.
 
-A song is a row of notes, counted in sixteenths from its first beat. The sampled instruments are fluidsynth's, with the
-sound fonts and drum kits that Debian packages; only the training of the audio encoder needs them.
-"""
+A song is a row of notes, counted in sixteenths from its first beat. The sampled instruments are
+fluidsynth's, with the sound fonts and drum kits that Debian packages; only the training of the
+audio encoder needs them."""
 
 import glob
 import os
@@ -23,23 +24,24 @@ SLOWEST, FASTEST = 60, 180  # BPM
 
 # fmt: off
 RHYTHMS = {  # sixteenths of a bar: kick, snare, hat, bass; loudness of chords and melody
-    "BR": ("x.x.......x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x.x...x...x..x..", 0.3, 0.3),
-    "PO": ("x.....x.x.......", "....x.......x...", "xxxxxxxxxxxxxxxx", "x..x..x.x..x..x.", 0.4, 0.4),
-    "LO": ("x......x..x.....", "....x.......x..x", "x.x.x.x.x.x.x.x.", "x...x..x..x.x...", 0.6, 0.3),
-    "MH": ("x......x.xx.....", "....x.......x...", "x..xx..xx..xx..x", "x.......x.......", 0.4, 0.2),
-    "LH": ("x..x......x.....", "....x.......x...", "x.xxx.x.x.xxx.x.", "x..x......x.....", 0.5, 0.5),
-    "HO": ("x...x...x...x...", "....x.......x...", "..x...x...x...x.", "..x...x...x...x.", 0.7, 0.3),
-    "WA": ("x...x...x...x...", "....x.......x...", "x.xxx.xxx.xxx.xx", "x.x.x.x.x.x.x.x.", 0.6, 0.6),
-    "KR": ("x..x..x.x.......", "....x.......x...", "x...x...x...x...", "x..x..x.x.......", 0.2, 0.3),
-    "JS": ("x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x...x...x...x...", 0.6, 0.7),
-    "JB": ("x...............", "................", "....x.......x...", "x.......x.......", 0.9, 0.8),
+  "BR": ("x.x.......x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x.x...x...x..x..", 0.3, 0.3),
+  "PO": ("x.....x.x.......", "....x.......x...", "xxxxxxxxxxxxxxxx", "x..x..x.x..x..x.", 0.4, 0.4),
+  "LO": ("x......x..x.....", "....x.......x..x", "x.x.x.x.x.x.x.x.", "x...x..x..x.x...", 0.6, 0.3),
+  "MH": ("x......x.xx.....", "....x.......x...", "x..xx..xx..xx..x", "x.......x.......", 0.4, 0.2),
+  "LH": ("x..x......x.....", "....x.......x...", "x.xxx.x.x.xxx.x.", "x..x......x.....", 0.5, 0.5),
+  "HO": ("x...x...x...x...", "....x.......x...", "..x...x...x...x.", "..x...x...x...x.", 0.7, 0.3),
+  "WA": ("x...x...x...x...", "....x.......x...", "x.xxx.xxx.xxx.xx", "x.x.x.x.x.x.x.x.", 0.6, 0.6),
+  "KR": ("x..x..x.x.......", "....x.......x...", "x...x...x...x...", "x..x..x.x.......", 0.2, 0.3),
+  "JS": ("x.......x.x.....", "....x.......x...", "x.x.x.x.x.x.x.x.", "x...x...x...x...", 0.6, 0.7),
+  "JB": ("x...............", "................", "....x.......x...", "x.......x.......", 0.9, 0.8),
 }
 MINOR, MAJOR = (0, 2, 3, 5, 7, 8, 10), (0, 2, 4, 5, 7, 9, 11)  # semitones of a scale's degrees
-DRUMS = {"kick": (35, 36), "snare": (37, 38, 39, 40), "hat": (42, 44, 46, 51, 54, 70)}  # General MIDI's keys
+# General MIDI's keys
+DRUMS = {"kick": (35, 36), "snare": (37, 38, 39, 40), "hat": (42, 44, 46, 51, 54, 70)}
 PROGRAMS = {  # General MIDI's instruments, from 0
     "bass": (32, 33, 34, 35, 36, 38, 39, 43, 58),
     "chord": (0, 1, 4, 5, 16, 18, 24, 25, 26, 27, 28, 29, 30, 48, 50, 61, 62, 80, 88, 89, 90, 105),
-    "melody": (0, 4, 11, 12, 22, 26, 29, 40, 52, 53, 56, 60, 64, 65, 66, 68, 71, 73, 75, 80, 81, 84, 85),
+    "melody": (0, 4, 11, 12, 22, 26, 29, 40, 52, 53, 56, 60, 64, 65, 66, 68, 71, 73, 75, 80, 84),
 }
 KITS = (0, 8, 16, 24, 25, 32, 40)  # standard, room, power, electronic, TR-808, jazz, brush
 CHANNELS = {"bass": 0, "chord": 1, "melody": 2, "kick": 9, "snare": 9, "hat": 9}
@@ -83,7 +85,8 @@ def levels_of(genre, rng):
 
 
 def write_score(genre, steps, rng):
-    """The notes of `steps` sixteenths: the genre's rhythm, in a harmony, with a motif, that are drawn."""
+    """The notes of `steps` sixteenths: the genre's rhythm, in a harmony, with a motif, that are
+    drawn."""
     kicks, snares, hats, basses = RHYTHMS[genre][:4]
     level, harmony = levels_of(genre, rng), Harmony(rng)
     motif = np.where(rng.random(16) < [0.9, 0.1, 0.3, 0.1] * 4, rng.integers(0, 8, 16), -1)
@@ -125,7 +128,8 @@ def starts(notes, tempo, rng):
 
 
 class Synthesiser:
-    """Drums of noise and sweeps, tones of six partials; all that can differ follows from the generator."""
+    """Drums of noise and sweeps, tones of six partials; all that can differ follows from the
+    generator."""
 
     def __init__(self, rng, rate=RATE):
         self.rng, self.rate = rng, rate
@@ -173,8 +177,8 @@ class Synthesiser:
 
 
 def compose(genre, tempo, seed, seconds, rate=RATE):
-    """A song of the synthesiser's, float32 (samples,), that follows from the seed. Its first beat is at 0 s, the next
-    ones are 60 / tempo s apart."""
+    """A song of the synthesiser's, float32 (samples,), that follows from the seed. Its first
+    beat is at 0 s, the next ones are 60 / tempo s apart."""
     rng = np.random.default_rng(seed)
     notes = write_score(genre, int(seconds * tempo / 15) + 1, rng)
     synthesiser = Synthesiser(rng, rate)
@@ -218,19 +222,21 @@ def draw_song(rng, genre=None, seconds=10.0):
 
 
 def find_sounds(folder):
-    """(sound fonts, drum kits) below `folder`, /usr/share where the Debian packages are installed."""
+    """(sound fonts, drum kits) below `folder`, /usr/share where the Debian packages are
+    installed."""
     fonts = sorted(glob.glob(os.path.join(folder, "sounds/sf2/*.sf2")))
     kits = sorted(glob.glob(os.path.join(folder, "hydrogen/data/drumkits/*/drumkit.xml")))
     if not (fonts and kits and shutil.which("fluidsynth")):
         raise mi.InputError(
-            "no sampled instruments: apt-get install fluidsynth fluid-soundfont-gm timgm6mb-soundfont "
-            "hydrogen-drumkits, or name the folder they are in with --sounds"
+            "no sampled instruments: apt-get install fluidsynth fluid-soundfont-gm "
+            "timgm6mb-soundfont hydrogen-drumkits, or name the folder they are in with --sounds"
         )
     return fonts, kits
 
 
 def load_kit(path):
-    """{"kick": [samples], "snare": ..., "hat": ...} of a Hydrogen drum kit; a part may have none."""
+    """{"kick": [samples], "snare": ..., "hat": ...} of a Hydrogen drum kit; a part may have
+    none."""
     kit = {"kick": [], "snare": [], "hat": []}
     words = {
         "kick": "kick|bass ?drum|thump|bass$",
@@ -253,7 +259,8 @@ def load_kit(path):
 
 
 def vary(notes, rng):
-    """The song as a band might play it: notes left out, added, sustained, broken into arpeggios, played loosely."""
+    """The song as a band might play it: notes left out, added, sustained, broken into arpeggios,
+    played loosely."""
     missing = [part for part in CHANNELS if rng.random() < 0.12]
     loose = rng.choice([0.0, 0.03, 0.08])  # sixteenths
     broken, sustained, octave = (
@@ -322,7 +329,8 @@ def fluidsynth(midi, font, seconds):
 
 
 def play_sampled(genre, tempo, seed, seconds, fonts, kits):
-    """A song as `compose`'s, played by fluidsynth; in half of them a drum kit of real drums. kits: of load_kit."""
+    """A song as `compose`'s, played by fluidsynth; in half of them a drum kit of real drums.
+    kits: of load_kit."""
     rng = np.random.default_rng(seed)
     notes = vary(write_score(genre, int(seconds * tempo / 15) + 1, rng), rng)
     times = starts(notes, tempo, rng)
@@ -361,7 +369,8 @@ def compressed(song, rng):
 
 
 def voice(length, rng):
-    """A line like speech or singing: a buzz through wandering formants, in syllables off the beat."""
+    """A line like speech or singing: a buzz through wandering formants, in syllables off the
+    beat."""
     t = np.arange(length) / RATE
     knots = np.arange(0, length / RATE + 0.6, 0.15)
     pitch = np.interp(t, knots, rng.uniform(90, 300) * np.exp(rng.normal(0, 0.15, len(knots))))
@@ -384,27 +393,31 @@ def as_mp3(song, kilobits):
     return np.pad(back, (0, len(song) - len(back)))
 
 
+def disturbed(song, rng):
+    """With a voice over it, or its loud parts made less loud."""
+    if rng.random() < 0.4:
+        song = song + rng.uniform(0.1, 0.6) * np.abs(song).max() * voice(len(song), rng)
+    return compressed(song, rng) if rng.random() < 0.4 else song
+
+
 def recorded(song, rng):
     """A whole song as somebody might have recorded it."""
     if rng.random() < 0.4:
         song = room(song, rng)
-    if rng.random() < 0.4:
-        song = song + rng.uniform(0.1, 0.6) * np.abs(song).max() * voice(len(song), rng)
-    if rng.random() < 0.4:
-        song = compressed(song, rng)
-    song = level(song)
+    song = level(disturbed(song, rng))
     return as_mp3(song, int(rng.choice([16, 24, 32, 64]))) if rng.random() < 0.3 else song
 
 
 def rough(samples, rng):
     """A crop, made anew whenever it is trained on: another equaliser, another hiss."""
     samples = np.asarray(samples, np.float64)
-    spectrum, f = np.fft.rfft(samples), np.linspace(0, 1, len(samples) // 2 + 1)
     if rng.random() < 0.6:
+        size = -(-len(samples) // 4096) * 4096  # many times as fast as a length with large factors
+        spectrum, f = np.fft.rfft(samples, size), np.linspace(0, 1, size // 2 + 1)
         tilt = rng.normal(0, 1.5) * f
         for n in range(1, 6):
             tilt += rng.normal(0, 0.4) * np.cos(np.pi * n * f)
-        samples = np.fft.irfft(spectrum * np.exp(tilt), len(samples))
+        samples = np.fft.irfft(spectrum * np.exp(tilt))[: len(samples)]
     if rng.random() < 0.3:
         hiss = rng.standard_normal(len(samples)) * samples.std()
         samples = samples + hiss * 10 ** rng.uniform(-2, -0.5)

@@ -1,5 +1,6 @@
-"""Real recordings with beats that can be trusted, for the audio encoder: songs with charts, and game music where two
-beat trackers agree. They come from Debian's packages; none of them is in this repository."""
+"""Real recordings with beats that can be trusted, for the audio encoder: songs with charts, and
+game music where two beat trackers agree. They come from Debian's packages; none of them is in
+this repository."""
 
 import glob
 import os
@@ -53,7 +54,8 @@ def find_recordings(folder, packages):
         files = sorted(glob.glob(os.path.join(folder, pattern), recursive=True))
         if not files:
             raise mi.InputError(
-                f"no {pattern} in {folder}: apt-get install {package}, or unpack it and name the folder with --sounds"
+                f"no {pattern} in {folder}: apt-get install {package}, or unpack it and name the "
+                "folder with --sounds"
             )
         found += [(package, file) for file in files]
     return found
@@ -108,7 +110,8 @@ def librosa_beats(samples):
 
 
 def agreed_beats(path, samples, shortest=9):
-    """[beats (K,)]: the runs of at least so many beats on which librosa and aubio agree, in level and in phase."""
+    """[beats (K,)]: the runs of at least so many beats on which librosa and aubio agree, in
+    level and in phase."""
     one, other = librosa_beats(samples), aubio_beats(path)
     if len(one) < shortest or len(other) < shortest:
         return []

@@ -26,7 +26,8 @@ class Song(NamedTuple):
 
 
 def report(adapter=None, count=32, sounds=None):
-    """Print the figures of the shipped adapter, or of another; only the shipped one's pictures are kept."""
+    """Print the figures of the shipped adapter, or of another; only the shipped one's pictures
+    are kept."""
     studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
     songs = unseen_songs(count)
     people, dogs = prompts_of("person", count), prompts_of("dog", count)
@@ -65,8 +66,8 @@ def prompts_of(subject, count, seed=7):
 
 
 def unseen_songs(count):
-    """Songs that no stage was trained on, one genre after another, 80 to 144 BPM, so that three quarters and five
-    quarters of their tempos lie within what was seen."""
+    """Songs that no stage was trained on, one genre after another, 80 to 144 BPM, so that three
+    quarters and five quarters of their tempos lie within what was seen."""
     return [unseen_song(i, music.compose) for i in range(count)]
 
 
@@ -134,7 +135,8 @@ def filmed(studio, name, prompts, songs, speed=1.0, **given):
 
 
 def line(name, films, songs, speed=1.0):
-    """r with the own and with another's song, ± the standard error over videos; the correlation of the tempos."""
+    """r with the own and with another's song, ± the standard error over videos; the correlation
+    of the tempos."""
     own, other, tempos = follow(films, songs, speed)
     print(
         f"{name:30} r {own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f} "
@@ -144,7 +146,8 @@ def line(name, films, songs, speed=1.0):
 
 
 def follow(films, songs, speed=1.0):
-    """(r of each film with its song, with the next one's, correlation of the motion's tempos with the songs')."""
+    """(r of each film with its song, with the next one's, correlation of the motion's tempos
+    with the songs')."""
     energies = [motion_energy(film) for film in films]
     beats = [middles(beats_of(song, speed, len(films[0]))) for song in songs]
     own = np.array([beat_correlation(e, b) for e, b in zip(energies, beats)])

@@ -46,8 +46,8 @@ class Studio:
             mi.load_adapter(self.dit, adapter)
 
     def film(self, prompts, songs=None, seed=0, together=16, **given):
-        """uint8 (len(prompts), T, H, W, 3). songs: [(file, start, speed)], or None for silence; given: fields of
-        musicinfuser.SamplingOptions."""
+        """uint8 (len(prompts), T, H, W, 3). songs: [(file, start, speed)], or None for silence;
+        given: fields of musicinfuser.SamplingOptions."""
         options = mi.settle(mi.SamplingOptions, self.dit.config.sampling, given)
         films = []
         for i in range(0, len(prompts), together):

@@ -1,8 +1,9 @@
-"""The toy dance world in pictures: people, dogs and rabbits, one to three of them, dance ten genres' choreographies.
+"""The toy dance world in pictures: people, dogs and rabbits, one to three of them, dance ten
+genres' choreographies.
 
-A dance is a row of key poses that are hit on the beats, with ease in between, so that everything rests on the beat and
-moves between beats. A figure is a list of capsules: limbs are drawn by their distance to a segment.
-"""
+A dance is a row of key poses that are hit on the beats, with ease in between, so that everything
+rests on the beat and moves between beats. A figure is a list of capsules: limbs are drawn by
+their distance to a segment."""
 
 import math
 from typing import NamedTuple
@@ -20,9 +21,11 @@ COLOURS = {
     "red": (0.80, 0.22, 0.22), "blue": (0.20, 0.36, 0.80), "green": (0.16, 0.58, 0.28),
     "yellow": (0.90, 0.78, 0.22), "purple": (0.56, 0.26, 0.68), "orange": (0.92, 0.52, 0.16),
 }
-USUAL = {"person": "blue", "dog": "orange", "rabbit": "purple"}  # the colour where a caption names none
+USUAL = {"person": "blue", "dog": "orange", "rabbit": "purple"}  # where a caption names none
 PLACES = ("studio", "park", "beach", "street", "stage")  # the first where a caption names none
-GENRES = {  # AIST's codes: name, tempo the genre likes (BPM), four key poses of the basic dance, eight of the advanced
+# AIST's codes: name, tempo the genre likes (BPM), four key poses of the basic dance, eight of the
+# advanced
+GENRES = {
     "BR": ("Break", 125, "UDk DUq UDk DUq", "UDk DUq SSs UUn UDq DUk SSs DDj"),
     "PO": ("Pop", 110, "SBn BSn SBn BSn", "SBn BSn SUw USw BBn SSw SBn DDs"),
     "LO": ("Lock", 105, "PHl HPr PHl HPr", "PHl HPr UUs HHn PHr HPl SSs HHj"),
@@ -95,8 +98,8 @@ def steady_beat(rng, frames=FRAMES):
 
 
 # --------------------------------------------------------------------------------------------------
-# The figures: capsules (from, to, radius, colour), back to front. Points are (T, 2), x from the middle of the dancer,
-# y down from the ground, in body heights.
+# The figures: capsules (from, to, radius, colour), back to front. Points are (T, 2), x from the
+# middle of the dancer, y down from the ground, in body heights.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -136,7 +139,8 @@ def person(pose, colour):
 
 
 def dog(pose, colour):
-    """From the side, four legs; the forepaws do what a person's hands do, the tail wags with them."""
+    """From the side, four legs; the forepaws do what a person's hands do, the tail wags with
+    them."""
     raised = (pose.left_hand[:, 1] + pose.right_hand[:, 1]) / 2
     hip = at(pose.shift - 0.24, -0.36 + 1.2 * pose.crouch)
     chest = hip + at(0.42, 0.0) + at(0.0, 0.3 * raised - 0.06)
@@ -184,8 +188,8 @@ def rabbit(pose, colour):
 FIGURES = {"person": person, "dog": dog, "rabbit": rabbit}
 
 # --------------------------------------------------------------------------------------------------
-# The places: pictures (T, 3, SIZE, SIZE). x and y are the coordinates of the pixels, 0 to 1 where the camera is still;
-# a and b say where things stand.
+# The places: pictures (T, 3, SIZE, SIZE). x and y are the coordinates of the pixels, 0 to 1 where
+# the camera is still; a and b say where things stand.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +268,8 @@ def backdrop(place, rng, dx, zoom):
 
 
 def draw_scene(rng, **fixed):
-    """A scene at random: subject, count, colour, place, genre, advanced, camera, seed; any of them may be given."""
+    """A scene at random: subject, count, colour, place, genre, advanced, camera, seed; any of
+    them may be given."""
     subject = fixed.get("subject") or str(rng.choice(SUBJECTS, p=[0.5, 0.25, 0.25]))
     scene = {
         "subject": subject,
@@ -282,7 +287,8 @@ def draw_scene(rng, **fixed):
 
 
 def cover(a, b, radius, grid):
-    """How much of each pixel a capsule covers, (T, h, w), anti-aliased. a, b (T, 2), grid (h, w, 2)."""
+    """How much of each pixel a capsule covers, (T, h, w), anti-aliased. a, b (T, 2), grid (h, w,
+    2)."""
     p, d = grid - a[:, None, None], (b - a)[:, None, None]
     along = ((p * d).sum(-1) / d.square().sum(-1).clamp(min=1e-9)).clamp(0, 1)
     distance = (p - along[..., None] * d).norm(dim=-1)
@@ -304,7 +310,8 @@ def paint(picture, a, b, radius, colour):
 
 
 def render(scene, beat):
-    """The scene, danced: uint8 (T, SIZE, SIZE, 3). scene: of draw_scene; beat (T,): of each frame, in beats."""
+    """The scene, danced: uint8 (T, SIZE, SIZE, 3). scene: of draw_scene; beat (T,): of each
+    frame, in beats."""
     rng = np.random.default_rng(scene["seed"])
     size = scene["count"] - 1
     dx, zoom = camera(scene["camera"], rng, len(beat))
@@ -335,20 +342,22 @@ def camera(code, rng, frames):
 
 
 # --------------------------------------------------------------------------------------------------
-# Captions. What they leave out, but for the dance, is the usual: its colour, the studio, a camera that stands still.
+# Captions. What they leave out, but for the dance, is the usual: its colour, the studio, a camera
+# that stands still.
 # --------------------------------------------------------------------------------------------------
 
 # fmt: off
 WHO = {
-    "person": (("person", "dancer", "man", "woman", "professional dancer", "male dancer", "female dancer",
-                "professional female dancer", "professional male dancer"),
+    "person": (("person", "dancer", "man", "woman", "professional dancer", "male dancer",
+                "female dancer", "professional female dancer", "professional male dancer"),
                ("people", "dancers", "men", "women", "professional dancers", "persons")),
     "dog": (("dog", "puppy", "dog", "hound"), ("dogs", "puppies", "hounds")),
     "rabbit": (("rabbit", "bunny", "hare"), ("rabbits", "bunnies", "hares")),
 }
 WEARING = ("in {}", "wearing {}", "in a {} shirt", "dressed in {}")
 WHERE = {
-    "studio": ("in a studio with a white backdrop", "in a studio", "in the white studio", "indoors"),
+    "studio": ("in a studio with a white backdrop", "in a studio", "in the white studio",
+               "indoors"),
     "park": ("in a park", "in the park with trees", "on the grass", "in a garden"),
     "beach": ("on the beach", "on a beach", "by the sea", "on the sand by the ocean"),
     "street": ("in the street", "on a street", "in the middle of a city", "in New York City"),

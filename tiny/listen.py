@@ -1,0 +1,267 @@
+"""The music encoder: a small Wav2Vec 2.0 that hears the beat in every kind of music.
+
+First one of them is taught the beat's phase, the tempo and the genre on the world's own songs,
+until its tokens tell them cleanly. Then another, which hears sampled instruments and recordings
+too, learns to say of each what the first says of a song of the world's with the same beats: so
+whoever follows the first follows the second."""
+
+import math
+import os
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import musicinfuser as mi
+from tiny import music, recordings, world
+from tiny.fit import fit, named
+from tiny.recordings import Piece
+from tiny.studio import WORK, in_folder
+from tiny.world import FPS, FRAMES
+
+TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
+CLIP = mi.audio_seconds(FRAMES, FPS)
+WIDTH = 96
+SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
+
+
+def train(sounds, steps=2000, batch=24, seed=3):
+    """audio_encoder/. sounds: the folder with sound fonts, drum kits and games."""
+    torch.manual_seed(seed)
+    teacher, answers = first_encoder(seed), Answers(seed)
+    wav2vec, head = fresh_wav2vec(layers=6, conv=48, hidden=384), fresh_head()
+    kinds = training_pieces(sounds, seed)
+
+    def loss(step):
+        rng = np.random.default_rng((seed, step))
+        crops = draw_crops(kinds, SHARES, *crop_sizes(step, batch), rng)
+        with torch.no_grad():
+            wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
+        return distillation_loss(wav2vec, head, crops, wanted)
+
+    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 2e-3)
+    save(wav2vec, in_folder("audio_encoder"))
+    for name, pieces in unseen_pieces(sounds, seed).items():
+        print_accuracy(name, wav2vec, head, pieces, seed)
+
+
+def first_encoder(seed, steps=700, batch=24):
+    """Taught on the world's own songs alone; frozen. Kept in work/."""
+    folder = os.path.join(WORK, "first_encoder")
+    if not os.path.exists(folder):
+        wav2vec, head = fresh_wav2vec(layers=4, conv=40, hidden=256), fresh_head()
+        kinds = [synthesised_pieces(500, seed)]
+
+        def loss(step):
+            rng = np.random.default_rng((seed, step))
+            return beat_loss(wav2vec, head, draw_crops(kinds, (1,), *crop_sizes(step, batch), rng))
+
+        fit("first-audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
+        save(wav2vec, folder)
+    return mi.load_pretrained_model("Wav2Vec2Model", folder, "cpu")
+
+
+def crop_sizes(step, batch):
+    """(seconds, crops): one step in four has longer ones."""
+    return (6.0, batch // 2) if step % 4 == 3 else (CLIP, batch)
+
+
+def save(wav2vec, folder):
+    from transformers import Wav2Vec2FeatureExtractor
+
+    wav2vec.bfloat16().save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True, return_attention_mask=False).save_pretrained(folder)
+    wav2vec.float()
+
+
+def fresh_wav2vec(layers, conv, hidden):
+    from transformers import Wav2Vec2Config, Wav2Vec2Model
+
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "intermediate_size": hidden}
+    sizes |= {"num_attention_heads": 4, "conv_dim": (conv,) * 7, "vocab_size": 32}
+    sizes |= {"num_conv_pos_embeddings": 64, "num_conv_pos_embedding_groups": 8}
+    dropouts = "hidden attention activation feat_proj".split()
+    rates = {f"{name}_dropout": 0.0 for name in dropouts} | {"layerdrop": 0.0}
+    return Wav2Vec2Model(Wav2Vec2Config(mask_time_prob=0.0, **sizes, **rates))
+
+
+def fresh_head():
+    return nn.Linear(WIDTH, 3 + len(world.GENRES))  # cosine and sine of the phase, tempo, genres
+
+
+# --------------------------------------------------------------------------------------------------
+# Songs and recordings
+# --------------------------------------------------------------------------------------------------
+
+
+def training_pieces(sounds, seed):
+    """Three lists of Pieces, one for each of SHARES."""
+    return (
+        synthesised_pieces(448, seed),
+        sampled_pieces(560, seed, sounds),
+        recordings.pieces_of(sounds, recordings.TRAINING),
+    )
+
+
+def unseen_pieces(sounds, seed):
+    """{name: [Piece]} of songs drawn anew and of the packages that were kept back."""
+    return {
+        "the world's songs": synthesised_pieces(64, seed + 1000),
+        "sampled instruments": sampled_pieces(64, seed + 1000, sounds),
+        "recordings": recordings.pieces_of(sounds, recordings.VALIDATION),
+    }
+
+
+def synthesised_pieces(count, seed):
+    pieces = []
+    for i in tqdm(range(count), "composing", mininterval=10):
+        rng = np.random.default_rng((seed, 1, i))
+        song, genre, tempo = music.draw_song(rng)
+        pieces.append(as_piece(song, genre, tempo, "synthesiser"))
+    return pieces
+
+
+def sampled_pieces(count, seed, sounds):
+    fonts_and_kits, pieces = sampled_instruments(sounds), []
+    for i in tqdm(range(count), "playing", mininterval=10):
+        rng = np.random.default_rng((seed, 2, i))
+        genre = str(rng.choice(list(world.GENRES)))
+        tempo = music.draw_tempo(rng, genre)
+        song = music.play_sampled(genre, tempo, int(rng.integers(2**31)), 16.0, *fonts_and_kits)
+        pieces.append(as_piece(music.recorded(song, rng), genre, tempo, "sampled"))
+    return pieces
+
+
+@cache
+def sampled_instruments(sounds):
+    fonts, kits = music.find_sounds(sounds)
+    return fonts, [music.load_kit(kit) for kit in kits]
+
+
+def as_piece(song, genre, tempo, source):
+    beats = np.arange(0, len(song) / music.RATE, 60 / tempo)
+    return Piece(song.astype(np.float16), beats, list(world.GENRES).index(genre), source)
+
+
+class Crop(NamedTuple):
+    clean: np.ndarray  # 16 kHz
+    rough: np.ndarray  # the same as it is heard
+    beat: np.ndarray  # the position of each token, in beats
+    genre: int  # or -1
+    source: str
+
+
+def draw_crops(kinds, shares, seconds, count, rng):
+    chosen = rng.choice(len(kinds), count, p=shares)
+    pieces = [kinds[kind][rng.integers(len(kinds[kind]))] for kind in chosen]
+    return [crop_of(piece, seconds, rng) for piece in pieces]
+
+
+def crop_of(piece, seconds, rng, rougher=True):
+    """At another speed in half of them, so that tempos are many; rougher: as recordings are."""
+    speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
+    last = len(piece.samples) / music.RATE - seconds * speed - 0.02
+    first, size = int(rng.uniform(0, max(last, 0)) * music.RATE), math.ceil(seconds * music.RATE)
+    clean = played_at(speed, piece.samples[first:], size)
+    times = first / music.RATE + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + TOKEN / 1.6)
+    beat = recordings.beat_at(piece.beats, times)
+    rough = music.rough(clean, rng) if rougher else clean
+    if rougher and piece.source == "synthesiser" and rng.random() < 0.3:
+        rough = music.disturbed(rough, rng)
+    return Crop(clean, rough, beat, piece.genre, piece.source)
+
+
+def played_at(speed, samples, size):
+    samples = samples[: int(size * speed) + 2].astype(np.float32)
+    return np.interp(speed * np.arange(size), np.arange(len(samples)), samples)
+
+
+def waves(samples):
+    """(B, samples), normalised as Wav2Vec's feature extractor does it."""
+    x = torch.from_numpy(np.stack(samples)).float()
+    return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
+
+
+class Answers:
+    """What to ask the first encoder: the crop itself where it is the world's, else a song of the
+    world's with the same beats, of the same genre where that is known."""
+
+    def __init__(self, seed, seconds=6.2):
+        self.tempos = 50 * 1.075 ** np.arange(21)  # BPM
+        self.songs, rng = {}, np.random.default_rng((seed, 3))
+        for genre in tqdm(range(len(world.GENRES)), "answers", mininterval=10):
+            for i, tempo in enumerate(self.tempos):
+                length = seconds * 1.05 + 5 * 60 / tempo
+                code, number = list(world.GENRES)[genre], int(rng.integers(2**31))
+                self.songs[genre, i] = music.compose(code, tempo, number, length)
+
+    def to(self, crop, rng):
+        if crop.source == "synthesiser":
+            return crop.clean
+        tempo = 60 / TOKEN * np.diff(crop.beat).mean()
+        i = int(np.abs(np.log(self.tempos / tempo)).argmin())
+        genre = crop.genre if crop.genre >= 0 else int(rng.integers(len(world.GENRES)))
+        k = np.arange(len(crop.beat))
+        phase = (crop.beat - k * tempo / 60 * TOKEN).mean() % 1  # at the first token
+        phase -= tempo / 60 * TOKEN / 1.6
+        first = (phase % 1 + rng.integers(4)) * 60 / self.tempos[i]
+        song = self.songs[genre, i][int(first * music.RATE) :]
+        return played_at(tempo / self.tempos[i], song, len(crop.clean))
+
+
+# --------------------------------------------------------------------------------------------------
+# Losses
+# --------------------------------------------------------------------------------------------------
+
+
+def hear(wav2vec, crops):
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wav2vec(waves([crop.rough for crop in crops])).last_hidden_state
+    return y.float()  # (B, A, WIDTH)
+
+
+def beat_loss(wav2vec, head, crops):
+    return loss_of_heard(hear(wav2vec, crops), head, crops)
+
+
+def distillation_loss(wav2vec, head, crops, wanted):
+    """To say what the first encoder says, and to tell the beat."""
+    y = hear(wav2vec, crops)
+    error = (y - wanted).square().mean((0, 1)) / wanted.var((0, 1))  # (WIDTH,)
+    beat, numbers = loss_of_heard(y, head, crops)
+    return error.mean() + 0.3 * beat, {"unlike": error.mean().item()} | numbers
+
+
+def loss_of_heard(y, head, crops):
+    """(loss, numbers): phase, tempo and genre as the head reads them off y (B, A, WIDTH)."""
+    out = head(y)
+    beat = torch.from_numpy(np.stack([crop.beat for crop in crops])[:, : y.shape[1]])
+    tempo = 60 / TOKEN * beat.diff(dim=1).mean(1)  # BPM
+    off = out[..., 2] - torch.log2(tempo / 104).float()[:, None]
+    turn = torch.stack([(2 * math.pi * beat).cos(), (2 * math.pi * beat).sin()], -1).float()
+    phase = (out[..., :2] - turn).square().sum(-1).mean()
+    genres, logits = torch.tensor([crop.genre for crop in crops]), out[..., 3:].mean(1)
+    known = genres >= 0
+    genre, right = logits.sum() * 0, math.nan
+    if known.any():
+        genre = F.cross_entropy(logits[known], genres[known])
+        right = (logits.argmax(1) == genres)[known].float().mean().item()
+    numbers = {
+        "cosine": F.cosine_similarity(out[..., :2], turn, dim=-1).mean().item(),
+        "octaves off": off.abs().mean().item(),
+        "genre right": right,
+    }
+    return phase + 2 * F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) + 0.2 * genre, numbers
+
+
+@torch.no_grad()
+def print_accuracy(name, wav2vec, head, pieces, seed, count=192):
+    rng = np.random.default_rng((seed, 10**6))
+    crops = [crop_of(pieces[i % len(pieces)], CLIP, rng, False) for i in range(count)]
+    numbers = beat_loss(wav2vec, head, crops)[1]
+    words = " ".join(f"{key} {value:.3f}" for key, value in numbers.items())
+    print(f"audio encoder, {name}: {words}")
