@@ -1,14 +1,18 @@
-"""Speed and memory, beside diffusers where it is installed:   python -m eval.bench [dit train vae load tiny gpu]
+"""Speed and memory, beside diffusers where it is installed:   python -m eval.bench [dit train ...]
 
-Prints tables in markdown, each row as soon as it is measured (on Linux). All weights but tiny/'s are random, of
-Mochi's sizes. Every measurement is a process of its own, so its peak memory is its own: the GPU's where it runs there,
-else RSS. What is compared by time takes turns (matrices, ours, diffusers, matrices, ...), and medians are shown, as
-machines are noisy; the VAE runs once.
+Prints tables in markdown, each row as soon as it is measured (on Linux). All weights but those of
+tiny/ are random, of Mochi's sizes. Every row, or few, has a process of its own, so that its peak
+memory is its own: the GPU's where it runs there, else what the process itself takes.
+What is compared by time within a row takes turns (matrices, ours, diffusers, matrices, ...), and
+medians are shown, as machines are noisy; the VAE runs once.
 
-MFU, model FLOPs utilisation: FLOPs of the model's matrices and attention / seconds / the FLOPs a second at which the
-four visual matrices of a block alone pass as many tokens, in the same process. A step of sampling is two forward
-passes, with text and without. A step of training counts as two: the second stands for the gradient of the activations,
-as most weights are frozen; what checkpointing computes again does not count.
+MFU, model FLOPs utilisation: FLOPs of the model's matrices and attention / seconds / the FLOPs a
+second at which the four visual matrices of a block alone pass as many tokens, in the same process.
+A step of sampling is two forward passes, with text and without. A step of training counts as two:
+the second stands for the gradient of the activations, as most weights are frozen; what
+checkpointing computes again does not count.
+
+Top to bottom:   sizes | measuring | models and inputs | the measurements | the tables | printing
 """
 
 import argparse
@@ -23,8 +27,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -33,452 +39,662 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import musicinfuser as mi
+from eval.solvers import evaluations
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+WHY = "why"  # a row is missing
 
-# What is measured, at Mochi's sizes. `latents` are those of 480x848, 1,590 tokens a frame, `vae_latents` of 240x424;
-# `channels` and `blocks` are those of the VAE's encoder and decoder; `decoded` counts latent frames; `load_depth`
-# blocks are 4.4 GB in float32; `depth` and `frames` are for a GPU.
 FULL = SimpleNamespace(
-    width=3072, text_width=1536, heads=24, t5_width=4096, text=30, latents=(60, 106), latent_frames=(1, 2, 4),
-    channels=((64, 128, 256, 384), (768, 512, 256, 128)), blocks=((3, 3, 4, 6, 3), (3, 6, 4, 3, 3)),
-    vae_latents=(30, 53), decoded=(2, 4, 8), encoded=25, load_depth=5, batch=14, depth=48, frames=(73, 145), repeats=5,
-)  # fmt: skip
+    model=mi.MODELS["mochi"],
+    text=30,  # tokens of a prompt
+    latents=(60, 106),  # of 480x848: 1,590 tokens a latent frame
+    forward_frames=(1, 2, 4),  # latent ones, of a forward pass on a CPU
+    vae={},  # Mochi's own
+    diffusers_vae={},
+    vae_latents=(30, 53),  # of 240x424
+    decoded=(7, 19, 43),  # frames
+    encoded=25,
+    load_depth=5,  # blocks: 4.4 GB in float32
+    batch=14,  # of a training step of the model in tiny/
+    gpu_frames=(73, 145),
+    repeats=5,
+)
 QUICK = SimpleNamespace(
-    width=64, text_width=32, heads=2, t5_width=32, text=5, latents=(4, 6), latent_frames=(1,),
-    channels=((32,) * 4,) * 2, blocks=((1,) * 5,) * 2,
-    vae_latents=(2, 4), decoded=(2,), encoded=7, load_depth=2, batch=2, depth=2, frames=(7,), repeats=1,
-)  # fmt: skip
+    model=dict(depth=2, width=96, text_width=96, heads=2, t5_width=32),  # as wide in diffusers
+    text=5,
+    latents=(4, 6),
+    forward_frames=(1,),
+    vae=dict(channels=(32,) * 4, blocks=(1,) * 5),
+    diffusers_vae=dict(
+        encoder_block_out_channels=(32,) * 4,
+        decoder_block_out_channels=(32,) * 4,
+        layers_per_block=(1,) * 5,
+    ),
+    vae_latents=(2, 4),
+    decoded=(7,),
+    encoded=7,
+    load_depth=2,
+    batch=2,
+    gpu_frames=(7,),
+    repeats=1,
+)
 
-# ------------------------------------------------------------------------------------------------------------------
+
+# ------------------------------------------------------------------------------------------------
 # Measuring
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 
 
-def proc(file, key):  # bytes, by their name in /proc/<file>
-    with open(f"/proc/{file}") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-
-
-def peak():  # GB; getrusage's maximum would begin with that of the process that started this one
-    on_gpu = torch.cuda.is_initialized()
-    return (torch.cuda.max_memory_allocated() if on_gpu else proc("self/status", "VmHWM")) / 1e9
-
-
-def now():  # seconds, when all that was begun is done
+def now():
+    """Seconds, when all that was begun is done."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def medians(runs, repeats):
-    """{name: function} -> {name: median seconds}; they take turns, and the first turn does not count."""
-    times = {name: [] for name in runs}
+def timed(function, *arguments):
+    began = now()
+    function(*arguments)
+    return now() - began
+
+
+def medians(repeats, **functions):
+    """{name: median seconds}: they take turns, of which the first is not counted."""
+    times = {name: [] for name in functions}
     for _ in range(repeats + 1):
-        for name, function in runs.items():
-            began = now()
-            function()
-            times[name].append(now() - began)
+        for name, function in functions.items():
+            times[name].append(timed(function))
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 
-def matrices(dit, tokens):
-    """A function that passes tokens through the visual matrices of a block and does nothing else, and its FLOPs."""
-    block, device = dit.blocks[0], dit.pos_frequencies.device
-    linears = block.attn.qkv_x, block.attn.proj_x, block.mlp_x.w1, block.mlp_x.w2
-    weights = [linear.weight.detach().to(device) for linear in linears]
-    x = {w.shape[1]: torch.randn(tokens, w.shape[1], device=device).to(w.dtype) for w in weights}
-    return lambda: [F.linear(x[w.shape[1]], w) for w in weights], 2 * tokens * sum(w.numel() for w in weights)
+class Matrices:
+    """The visual matrices of a block and nothing else: the rate that a machine can reach."""
+
+    def __init__(self, dit, tokens):
+        block, device = dit.blocks[0], dit.pos_frequencies.device
+        linears = block.attn.qkv_x, block.attn.proj_x, block.mlp_x.w1, block.mlp_x.w2
+        self.weights = [linear.weight.detach().to(device) for linear in linears]
+        dtype = self.weights[0].dtype
+        widths = {weight.shape[1] for weight in self.weights}
+        self.tokens = {n: torch.randn(tokens, n, device=device).to(dtype) for n in widths}
+        self.flops = 2 * tokens * sum(weight.numel() for weight in self.weights)
+
+    def __call__(self):
+        for weight in self.weights:
+            F.linear(self.tokens[weight.shape[1]], weight)
 
 
 def flops(dit, tokens, text, frames=0):
-    """Of a forward pass with so many visual and text tokens: two for a weight and a token that meet, four for a channel
-    of two tokens that do. frames: latent frames of music, 0 for none."""
-
-    def met(name):  # how many tokens pass this matrix
-        if name.startswith("audio_"):
-            return frames if re.search(r"projection|to_k\.|to_v\.", name) else tokens * (frames > 0)
-        if ".mod" in name or "t_embedder" in name:
-            return 1
-        return text if "_y" in name or "t5" in name else tokens
-
-    weights = {k: p for k, p in dit.named_parameters() if p.ndim > 1 and "lora_" not in k and k != "pos_frequencies"}
-    attention = len(dit.blocks) * (tokens + text) ** 2 + len(dit.audio_layers) * tokens * frames
-    return 4 * attention * dit.width + sum(2 * met(name) * p.numel() for name, p in weights.items())
+    """Of a forward pass with so many visual and text tokens: two for a weight and a token that
+    meet, four for a channel of two tokens that do. frames: latent ones of music, 0 for none."""
+    layers = dit.adapter.layers if frames else []
+    attention = len(dit.blocks) * (tokens + text) ** 2 + len(layers) * tokens * frames
+    matrices = 0
+    for name, p in dit.named_parameters():
+        if p.ndim > 1 and "lora_" not in name and name != "pos_frequencies":
+            matrices += p.numel() * tokens_through(name, tokens, text, frames)
+    return 4 * attention * dit.width + 2 * matrices
 
 
-def child(size, name, *arguments):
-    """Run one of MEASUREMENTS in a process of its own: its rows, or one that says why there are none."""
-    line = [sys.executable, "-m", "eval.bench", "--child", json.dumps([name, *arguments])]
-    run = subprocess.run(line + ["--quick"] * (size is QUICK), capture_output=True, text=True, cwd=ROOT)
-    yield from (json.loads(text) for text in run.stdout.splitlines() if text.startswith("["))
-    if run.returncode == -9 or re.search(r"(?i)out of memory|can't allocate memory|MemoryError|bad_alloc", run.stderr):
-        yield ["out of memory"]
-    elif run.returncode:
-        yield [f"failed: {(run.stderr.strip() or '?').splitlines()[-1]}"]
+def tokens_through(name, tokens, text, frames):
+    """How many tokens pass the matrix of that name."""
+    if re.match(r"audio_projection|audio.*to_[kv]\.", name):
+        return frames
+    if name.startswith("audio_cross"):
+        return tokens if frames else 0
+    if ".mod" in name or "t_embedder" in name:
+        return 1
+    if "_y" in name or "t5" in name:
+        return text
+    return tokens
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# Random models and inputs; ours as diffusers'
-# ------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# Random models and inputs, ours and diffusers'
+# ------------------------------------------------------------------------------------------------
 
 
-def random_dit(size, depth, dtype=torch.float32, device="cpu", offload=False):
+def random_dit(size, depth, dtype="float32", device="cpu", offload=False):
     """As load_dit gives it, with every term at work."""
     with torch.device("meta"):
-        hidden = (8 * width // 3 for width in (size.width, size.text_width))  # diffusers does not round these
-        dit = mi.DiT(depth, size.width, size.text_width, size.heads, size.t5_width, *hidden)
+        dit = mi.DiT(**size.model | {"depth": depth})
     for name, p in list(dit.named_parameters()):
-        w = torch.randn(p.shape, device=device) * (0.1 if p.ndim == 1 else math.prod(p.shape[1:]) ** -0.5)
-        w = w + 1 if "norm" in name else w if name == "pos_frequencies" else w.to(dtype)
-        if offload and device == "cuda" and name.startswith("blocks."):
-            w = w.cpu().pin_memory()
+        weight = random_weight(name, p.shape, dtype, device)
+        if offload and name.startswith("blocks."):
+            weight = weight.cpu()
         owner, _, leaf = name.rpartition(".")
-        setattr(dit.get_submodule(owner), leaf, torch.nn.Parameter(w, requires_grad=False))
-    dit.fetch = mi.Offload(dit.blocks, torch.device(device), dtype) if offload else None
+        setattr(dit.get_submodule(owner), leaf, torch.nn.Parameter(weight, requires_grad=False))
+    if offload:
+        mi.Offload(dit, torch.device(device), mi.DTYPES[dtype])
     return dit
 
 
-def infused(dit):  # with the paper's adapter
-    return mi.infuse(dit, [i for i in mi.MUSICINFUSER_LAYERS if i < len(dit.blocks)] or [0])
+def random_weight(name, shape, dtype, device):
+    weight = torch.randn(shape, device=device)
+    if "norm" in name:
+        return 1 + 0.1 * weight
+    if name == "pos_frequencies":
+        return weight
+    deviation = 0.1 if len(shape) == 1 else math.prod(shape[1:]) ** -0.5
+    return (deviation * weight).to(mi.DTYPES[dtype])
 
 
-def inputs(dit, frames, latents, text, batch=1):
-    """x, sigma, y_feat, y_mask, audio at random, for `frames` latent frames whose (height, width) is `latents`."""
-    device, width = dit.pos_frequencies.device, dit.t5_yproj.in_features
-    x = torch.randn(batch, len(dit.natural.mean), frames, *latents, device=device)
-    y, mask = torch.randn(batch, text, width, device=device), torch.ones(batch, text, dtype=torch.bool, device=device)
+def infused(dit, dtype="float32"):
+    """With the paper's adapter."""
+    layers = [layer for layer in mi.MUSICINFUSER_LAYERS if layer < len(dit.blocks)]
+    mi.infuse(dit, layers or [0])
+    for p in mi.adapter_parameters(dit).values():
+        p.data = p.data.to(mi.DTYPES[dtype])
+    return dit
+
+
+def random_inputs(dit, frames, latents, text, batch=1):
+    """x, sigma, y_feat, y_mask, audio at random. frames: latent ones; latents: (height, width)."""
+    device, t5_width = dit.pos_frequencies.device, dit.t5_yproj.in_features
+    x = torch.randn(batch, len(dit.config.mean), frames, *latents, device=device)
+    sigma = torch.full((batch,), 0.7, device=device)
+    y_feat = torch.randn(batch, text, t5_width, device=device)
+    y_mask = torch.ones(batch, text, dtype=torch.bool, device=device)
     audio = None
-    if dit.audio_layers:
-        length = round(50 * mi.audio_seconds(6 * frames - 5, dit.natural.fps))
-        audio = torch.randn(1, length, dit.audio_projection.projection[0].in_features, device=device)
-    return x, torch.full((batch,), 0.7, device=device), y, mask, audio
-
-
-TO_DIFFUSERS = [  # our names and theirs, replaced in this order
-    ("x_embedder", "patch_embed"), ("t_embedder.mlp.0", "time_embed.timestep_embedder.linear_1"),
-    ("t_embedder.mlp.2", "time_embed.timestep_embedder.linear_2"), ("t5_y_embedder", "time_embed.pooler"),
-    ("t5_yproj", "time_embed.caption_proj"), ("final_layer.linear", "proj_out"), ("final_layer.mod", "norm_out.linear"),
-    ("blocks.", "transformer_blocks."), ("mod_x", "norm1.linear"), ("mod_y", "norm1_context.linear"),
-    ("attn.", "attn1."), ("q_norm_x", "norm_q"), ("k_norm_x", "norm_k"), ("q_norm_y", "norm_added_q"),
-    ("k_norm_y", "norm_added_k"), ("proj_x", "to_out.0"), ("proj_y", "to_add_out"), ("mlp_x.w1", "ff.net.0.proj"),
-    ("mlp_x.w2", "ff.net.2"), ("mlp_y.w1", "ff_context.net.0.proj"), ("mlp_y.w2", "ff_context.net.2"),
-]  # fmt: skip
-THIRDS = {"qkv_x": ("to_q", "to_k", "to_v"), "qkv_y": ("add_q_proj", "add_k_proj", "add_v_proj")}
-
-
-def to_diffusers(state, depth):
-    """Yield diffusers' (name, tensor): it has q, k and v apart, both the feed-forward's gate and the final shift in
-    the second half, and a name of its own in the last block."""
-    last = f"blocks.{depth - 1}.norm1_context.linear"
-    for name, w in state.items():
-        if ".w1." in name or "final_layer.mod" in name:
-            w = w.roll(len(w) // 2, 0)
-        for ours, theirs in TO_DIFFUSERS:
-            name = name.replace(ours, theirs)
-        name = name.replace(last, f"{last}_1")
-        fused = next((part for part in THIRDS if part in name), name)
-        for third, part in zip(THIRDS.get(fused, [name]), w.chunk(3) if fused in THIRDS else [w]):
-            yield name.replace(fused, third), part
+    if dit.adapter:
+        tokens = round(50 * mi.audio_seconds(6 * frames - 5, dit.config.fps))
+        audio_width = dit.audio_projection.projection[0].in_features
+        audio = torch.randn(1, tokens, audio_width, device=device)
+    return x, sigma, y_feat, y_mask, audio
 
 
 def diffusers_dit(ours, dtype):
+    """diffusers' transformer with the same weights, most of them in the same memory."""
     from diffusers import MochiTransformer3DModel
 
-    sizes = dict(num_layers=len(ours.blocks), num_attention_heads=ours.pos_frequencies.shape[1],
-                 attention_head_dim=2 * ours.pos_frequencies.shape[2], text_embed_dim=ours.t5_yproj.in_features,
-                 pooled_projection_dim=ours.t5_yproj.out_features)  # fmt: skip
     with torch.device("meta"):
-        theirs = MochiTransformer3DModel(**sizes)
-    state = dict(to_diffusers(ours.state_dict(), len(ours.blocks)))
-    # In bfloat16 the rope frequencies would give other angles than ours, and outputs that cannot be compared
-    theirs.load_state_dict({k: w if k == "pos_frequencies" else w.to(dtype) for k, w in state.items()}, assign=True)
+        theirs = MochiTransformer3DModel(
+            num_layers=len(ours.blocks),
+            num_attention_heads=ours.pos_frequencies.shape[1],
+            attention_head_dim=2 * ours.pos_frequencies.shape[2],
+            pooled_projection_dim=ours.t5_yproj.out_features,
+            text_embed_dim=ours.t5_yproj.in_features,
+        )
+    state = {}
+    for name, weight in diffusers_state(ours):
+        # In bfloat16 rotations would be by other angles, and the outputs could not be compared
+        keep = name == "pos_frequencies"
+        state[name] = weight if keep else weight.to(mi.DTYPES[dtype])
+    theirs.load_state_dict(state, assign=True)
     return theirs.requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The measurements: generators of rows, each run by `child`
-# ------------------------------------------------------------------------------------------------------------------
+def diffusers_state(ours):
+    """Yield diffusers' (name, tensor); the last block's has a modulation of another name."""
+    from test_musicinfuser import to_diffusers  # here, because pytest comes with it
+
+    last = f"transformer_blocks.{len(ours.blocks) - 1}.norm1_context.linear"
+    for name, weight in to_diffusers(ours.state_dict()):
+        name = name.replace("norm1_context.linear_1.", "norm1_context.linear.")
+        yield name.replace(f"{last}.", f"{last}_1."), weight
+
+
+def random_vae(size, by, what):
+    """(the module, what to call) of what="encode" or "decode", ours or diffusers'."""
+    if by == "ours":
+        kind = {"encode": mi.Encoder, "decode": mi.Decoder}[what]
+        model = kind(**size.vae)
+        return model, model
+    from diffusers import AutoencoderKLMochi
+
+    model = AutoencoderKLMochi(**size.diffusers_vae)
+    other = {"encode": "decoder", "decode": "encoder"}[what]
+    setattr(model, other, None)  # its memory does not belong to this
+    if by == "diffusers, tiled":
+        model.enable_tiling()
+    return model, getattr(model, what)
+
+
+# ------------------------------------------------------------------------------------------------
+# The measurements: generators of {column: cell}, each run in another process by rows_of
+# ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Way:
+    """Whose code runs, and how."""
+
+    by: str = "ours"  # or "ours, no adapter", "diffusers", "diffusers, tiled"
+    dtype: str = "float32"
+    device: str = "cpu"
+    offload: bool = False
+    compile: bool = False
 
 
 @torch.inference_mode()
 def forward(size, dtype):
-    """[tokens, FLOPs a second of the matrices, seconds of ours, of theirs, ours / theirs, MFU, MFU, difference]"""
-    kind = mi.DTYPES[dtype]
-    ours = random_dit(size, 2, kind)
-    theirs = diffusers_dit(ours, kind) if find_spec("diffusers") else None
-    for frames in size.latent_frames:
-        x, sigma, y, mask, _ = inputs(ours, frames, size.latents, size.text)
-        given, out, tokens = (x.to(kind), y.to(kind), 1000 * (1 - sigma), mask), {}, x[0, 0].numel() // 4
-        alone, count = matrices(ours, tokens)
-        runs = {"alone": alone, "ours": lambda: out.update(ours=ours(x, sigma, y, mask))}
+    """A row for each number of frames: ours and diffusers' in turns, and how far they are apart."""
+    ours = random_dit(size, 2, dtype)
+    theirs = diffusers_dit(ours, dtype) if find_spec("diffusers") else None
+    for frames in size.forward_frames:
+        inputs = random_inputs(ours, frames, size.latents, size.text)[:4]
+        tokens = inputs[0][0, 0].numel() // 4
+        matrices = Matrices(ours, tokens)
+        functions = {"matrices": matrices, "ours": partial(ours, *inputs)}
         if theirs:
-            runs["theirs"] = lambda: out.update(theirs=theirs(*given, return_dict=False)[0].float())
-        s = medians(runs, size.repeats)
-        least = flops(ours, tokens, size.text) * s["alone"] / count  # seconds, at the rate of the matrices
-        row = [f"{tokens:,}", count / s["alone"] / 1e12, s["ours"], "diffusers is not installed", "", least / s["ours"]]
+            functions["theirs"] = partial(run_diffusers, theirs, dtype, *inputs)
+        seconds = medians(size.repeats, **functions)
+        rate = matrices.flops / seconds["matrices"]
+        ideal = flops(ours, tokens, size.text) / rate  # seconds
+        row = {"tokens": f"{tokens:,}", "matrices, TFLOP/s": rate / 1e12}
+        row |= {"ours, s": seconds["ours"], "MFU": ideal / seconds["ours"]}
+        row["diffusers, s"] = "diffusers is not installed"
         if theirs:
-            apart = ((out["ours"] - out["theirs"]).abs().max() / out["ours"].std()).item()
-            warning = "**they differ:** " if apart > {"float32": 1e-3, "bfloat16": 0.2}[dtype] else ""
-            row[3:5] = s["theirs"], s["ours"] / s["theirs"]
-            row += [least / s["theirs"], f"{warning}{apart:.1e}"]
+            row["diffusers, s"] = seconds["theirs"]
+            row["ours / diffusers"] = seconds["ours"] / seconds["theirs"]
+            row["of diffusers"] = ideal / seconds["theirs"]
+            outputs = functions["ours"](), functions["theirs"]()
+            row["max difference / deviation"] = difference(*outputs, dtype)
         yield row
 
 
-def training_step(dit, frames, latents, text, batch=1):
+def run_diffusers(dit, dtype, x, sigma, y_feat, y_mask):
+    x, y_feat = x.to(mi.DTYPES[dtype]), y_feat.to(mi.DTYPES[dtype])
+    return dit(x, y_feat, 1000 * (1 - sigma), y_mask, return_dict=False)[0].float()
+
+
+def difference(ours, theirs, dtype):
+    apart = ((ours - theirs).abs().max() / ours.std()).item()
+    allowed = {"float32": 1e-3, "bfloat16": 0.2}[dtype]
+    return f"{apart:.1e}" if apart < allowed else f"**they differ:** {apart:.1e}"
+
+
+@torch.inference_mode()
+def sample_step(size, depth, frames, **way):
+    """A step of sampling with guidance by text."""
+    way = Way(**way)
+    dit = random_dit(size, depth, way.dtype, way.device, way.offload)
+    if way.by == "ours":
+        infused(dit, way.dtype)
+    inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
+    if way.by == "diffusers":
+        theirs = diffusers_dit(dit, way.dtype)
+        blocks, step = theirs.transformer_blocks, diffusers_step(theirs, way.dtype, *inputs)
+    else:
+        blocks, step = dit.blocks, guided_step(dit, *inputs)
+    if way.compile:
+        compile_all(blocks)
+    yield cost(size, dit, inputs[0], (size.text, 0), step, way.device)
+
+
+def train_step(size, depth, frames, **way):
+    """A step of AdamW on the adapter, with checkpointing."""
+    way = Way(**way)
+    dit = infused(random_dit(size, depth, way.dtype, way.device, way.offload))
+    inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
+    if way.compile:
+        compile_all(dit.blocks)
+    mi.checkpoint_layers(dit)
+    step = adamw_step(dit, *inputs)
+    yield cost(size, dit, inputs[0], (size.text, size.text), step, way.device)
+
+
+def compile_all(blocks):
+    """As mi.compile_blocks, for diffusers' too."""
+    torch._dynamo.config.recompile_limit = 32
+    for block in blocks:
+        block.compile(dynamic=True)
+
+
+def guided_step(dit, x, sigma, y_feat, y_mask, audio, **guidance):
+    """A function that evaluates the guided velocity."""
+    text, null = (y_feat, y_mask), (y_feat, torch.zeros_like(y_mask))
+    guidance = mi.Guidance(**guidance)
+    velocity = mi.guided_velocity(dit, x.shape, text, null, audio, guidance)
+    return partial(velocity, x, sigma)
+
+
+def diffusers_step(dit, dtype, x, sigma, y_feat, y_mask, audio):
+    def step():
+        for mask in (y_mask, torch.zeros_like(y_mask)):
+            run_diffusers(dit, dtype, x, sigma, y_feat, mask)
+
+    return step
+
+
+def adamw_step(dit, z, sigma, y_feat, y_mask, audio):
     """A function that takes a step of AdamW on a float32 adapter."""
     parameters = [p.requires_grad_() for p in mi.adapter_parameters(dit).values()]
-    for p in parameters:
-        p.data = p.data.float()
     optimiser = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0)
-    z, sigma, *given = inputs(dit, frames, latents, text, batch)
     eps = torch.randn_like(z)
 
     def step():
-        mi.flow_matching_loss(dit, z, sigma, eps, *given).mean().backward()
+        loss = mi.flow_matching_loss(dit, z, sigma, eps, y_feat, y_mask, audio)
+        loss.mean().backward()
         optimiser.step()
         optimiser.zero_grad()
 
     return step
 
 
-@torch.inference_mode()
-def sampling(dit, frames, latents, text, sigmas):
-    """(median seconds of a step of sampling after the first, which may compile; latents)"""
-    x, _, y, mask, audio = inputs(dit, frames, latents, text)
-    times = []
-
-    def watched(steps):
-        for step in steps:
-            began = now()
-            yield step
-            times.append(now() - began)
-
-    z = mi.sample(dit, x, (y, mask), (y.clone(), mask & False), audio, sigmas=sigmas, progress=watched)
-    return statistics.median(times[1:]), z
-
-
-def step(size, what, dtype, depth, frames, offload=False, compiled=False, device="cpu"):
-    """[seconds, MFU, peak] of a step of what="train", checkpointing, or "sample", with the paper's adapter."""
-    dit, frames = infused(random_dit(size, depth, mi.DTYPES[dtype], device, offload)), (frames - 1) // 6 + 1
-    for p in mi.adapter_parameters(dit).values():
-        p.data = p.data.to(mi.DTYPES[dtype])
-    if compiled:
-        mi.compile_blocks(dit)
+def cost(size, dit, x, texts, step, device):
+    """The cells of a step that passes the model once for each number of text tokens."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # making the weights does not count
-    given = dit, frames, size.latents, size.text
-    dit.checkpointing = what == "train"
-    if what == "train":
-        seconds = medians({"": training_step(*given)}, size.repeats)[""]
-    else:
-        seconds, _ = sampling(*given, mi.linear_quadratic_schedule(64)[: size.repeats + 2])
-    highest, tokens = peak(), frames * math.prod(size.latents) // 4
-    work = sum(flops(dit, tokens, text, frames) for text in (size.text, size.text if what == "train" else 0))
-    alone, count = matrices(dit, tokens)
-    yield [seconds, work / seconds * medians({"": alone}, size.repeats)[""] / count, highest]
-
-
-def random_vae(size, whose, what):
-    """(the module, what to call) of one half, what="encode" or "decode", ours or diffusers'."""
-    part = ("encode", "decode").index(what)
-    if whose == "ours":
-        model = (mi.Encoder, mi.Decoder)[part](size.channels[part], size.blocks[part])
-        return model, model
-    from diffusers import AutoencoderKLMochi
-
-    down, up = size.channels  # diffusers names both from full resolution down
-    channels = {"encoder_block_out_channels": down, "decoder_block_out_channels": up[::-1]}
-    model = AutoencoderKLMochi(**channels, layers_per_block=size.blocks[0])
-    setattr(model, ("decoder", "encoder")[part], None)  # its memory does not belong to this
-    return model, getattr(model, what)
+    seconds = medians(size.repeats, step=step)["step"]
+    peak = mi.peak_memory(device)
+    tokens, frames = x[0, 0].numel() // 4, x.shape[2] if dit.adapter else 0
+    work = sum(flops(dit, tokens, text, frames) for text in texts)
+    matrices = Matrices(dit, tokens)
+    rate = matrices.flops / medians(size.repeats, alone=matrices)["alone"]
+    return {"s": seconds, "MFU": work / seconds / rate, "peak, GB": peak}
 
 
 @torch.inference_mode()
-def vae(size, whose, what, frames, latents, dtype="float32", device="cpu"):
-    """[seconds, "", peak] of what="encode" or "decode" so many random frames, once, after one frame to warm up."""
-    model, run = random_vae(size, whose, what)
-    model.to(device, mi.DTYPES[dtype]).requires_grad_(False)
-    shape = (1, 12, (frames - 1) // 6 + 1, *latents) if what == "decode" else (1, 3, frames, *(8 * n for n in latents))
-    x = (2 * torch.rand(shape) - 1).to(device, mi.DTYPES[dtype])
+def vae(size, what, frames, latents, **way):
+    """So many random frames, once, after one frame to warm up."""
+    way = Way(**way)
+    model, run = random_vae(size, way.by, what)
+    model.to(way.device, mi.DTYPES[way.dtype]).requires_grad_(False)
+    height, width = latents
+    if what == "decode":
+        shape = (1, 12, mi.latent_frames(frames), height, width)
+    else:
+        shape = (1, 3, frames, 8 * height, 8 * width)
+    x = (2 * torch.rand(shape) - 1).to(way.device, mi.DTYPES[way.dtype])
     run(x[:, :, :1])
-    began = now()
-    run(x)
-    yield [now() - began, "", peak()]
+    seconds = timed(run, x)
+    yield {"s": seconds, "peak, GB": mi.peak_memory(way.device)}
 
 
 def make_checkpoint(size, path):
+    """No row: the file that `load` loads."""
     mi.save_dit(random_dit(size, size.load_depth), path, torch.float32)
-    yield []
+    yield from ()
 
 
 def load(size, path, dtype):
-    """[seconds to load, and to read all, GB of the model, peak RSS, peak anonymous, that / model]
-
-    The file was just written, so it may come from the page cache. Anonymous memory is what cannot be dropped when
-    memory is short, as a mapped file's can; Linux keeps no peak of it, so it is looked at every 2 ms.
-    """
-    anonymous = lambda: proc("self/status", "RssAnon")  # noqa: E731
-    before, done, seen = anonymous(), threading.Event(), []
-
-    def watch():
-        while not done.wait(0.002):
-            seen.append(anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    began = now()
+    """The file was just written, so it may come from the page cache."""
+    before, began = mi.peak_memory("cpu"), now()
     dit = mi.load_dit(path, dtype=mi.DTYPES[dtype])
     loaded = now() - began
-    for p in dit.parameters():  # what stayed mapped is read only now
+    for p in dit.parameters():  # what stayed in its file is read only now
         p.sum()
     read = now() - began
-    done.set()
-    watcher.join()
-    highest, model = max(*seen, anonymous()) - before, sum(p.nbytes for p in dit.parameters())
-    yield [loaded, read, model / 1e9, peak(), highest / 1e9, highest / model]
+    model = sum(p.nbytes for p in dit.parameters()) / 1e9
+    peak = mi.peak_memory("cpu") - before
+    yield {
+        "load, s": loaded,
+        "load and read all, s": read,
+        "model, GB": model,
+        "peak, GB": peak,
+        "peak / model": peak / model,
+    }
 
 
 def tiny(size, weights, dtype):
-    """[which video, seconds of a step, of all steps and decoding, of a training step], from random text and music"""
-    kind, path = mi.DTYPES[dtype], lambda name: os.path.join(weights, f"{name}.safetensors")
-    dit = mi.load_adapter(mi.load_dit(path("dit"), dtype=kind), path("musicinfuser"))
-    decoder, n = mi.load_decoder(path("decoder"), dtype=kind), dit.natural
-    of = (n.frames - 1) // 6 + 1, (n.height // 8, n.width // 8), size.text
-    began = now()
-    one, z = sampling(dit, *of, mi.linear_quadratic_schedule(n.steps))
+    """A weights folder's own sizes: a step of sampling, a video by every solver, training."""
+    path, kind = os.path.join(weights, "{}.safetensors"), mi.DTYPES[dtype]
+    dit = mi.load_dit(path.format("dit"), dtype=kind)
+    mi.load_adapter(dit, path.format("musicinfuser"))
+    decoder = mi.load_decoder(path.format("decoder"), dtype=kind)
+    o = mi.settle(mi.SamplingOptions, dit.config.sampling, {})
+    shape = mi.latent_frames(o.frames), (o.size[0] // 8, o.size[1] // 8), size.text
+    inputs = random_inputs(dit, *shape)
     with torch.inference_mode():
-        decoder(mi.to_vae_space(z, n.mean, n.std))
-    video = now() - began
-    trained = medians({"": training_step(dit, *of, size.batch)}, size.repeats)[""]
-    yield [f"{n.frames} frames of {n.height}x{n.width}, {n.steps} steps", one, video, trained]
+        step = guided_step(dit, *inputs, cfg=o.cfg, music_cfg=o.music_cfg)
+        yield {"what": "a step of sampling", "s": medians(size.repeats, step=step)["step"]}
+    for name in mi.SOLVERS:
+        cells = {"what": f"a video, {name}", "evaluations": evaluations(name, o.steps)}
+        yield cells | {"s": timed(video, dit, decoder, inputs, replace(o, solver=name))}
+    step = adamw_step(dit, *random_inputs(dit, *shape, size.batch))
+    what = f"a step of training, {size.batch} videos"
+    yield {"what": what, "s": medians(size.repeats, step=step)["step"]}
 
 
-MEASUREMENTS = {f.__name__: f for f in (forward, step, vae, make_checkpoint, load, tiny)}
-
-# ------------------------------------------------------------------------------------------------------------------
-# The tables: a title, a heading, and [(the first cells of a row or more, rows of the rest)]
-# ------------------------------------------------------------------------------------------------------------------
-
-
-def both_vaes(size, what, frames):
-    found = []
-    for whose in ("ours", "diffusers"):
-        free, need = proc("meminfo", "MemAvailable") / 1e9, 0.0
-        if whose == "diffusers" and what == "decode":  # 6.1 GB for 2 latent frames, 9.8 for 4 were measured
-            need = 2.4 + 1.85 * ((frames - 1) // 6 + 1) * math.prod(size.vae_latents) / (30 * 53)
-        why = f"not run: needs about {need:.0f} GB, {free:.0f} free"
-        if whose == "diffusers" and not find_spec("diffusers"):
-            why, need = "diffusers is not installed", math.inf
-        rows = [[why]] if need > free else child(size, "vae", whose, what, frames, size.vae_latents)
-        found.append([*rows][-1])
-    (ours, *_, ours_peak), (theirs, *_, theirs_peak) = (row if len(row) > 1 else [*row, ""] for row in found)
-    ratio = "" if isinstance(ours, str) or isinstance(theirs, str) else ours / theirs
-    yield [ours, theirs, ratio, ours_peak, theirs_peak]
+def video(dit, decoder, inputs, options):
+    noise, _, y_feat, y_mask, audio = inputs
+    text, null = (y_feat, y_mask), (y_feat, torch.zeros_like(y_mask))
+    list(mi.noise_to_video(dit, decoder, noise, text, null, audio, options))
 
 
-def loads(size):
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "dit.safetensors")
-        made = list(child(size, "make_checkpoint", path))[-1]
-        for dtype in mi.DTYPES:
-            yield from ([dtype, *row] for row in ([made] if made else child(size, "load", path, dtype)))
+FUNCTIONS = forward, sample_step, train_step, vae, make_checkpoint, load, tiny
+MEASUREMENTS = {function.__name__: function for function in FUNCTIONS}
 
 
-def gpu(size):
-    if not torch.cuda.is_available():
-        yield ["not measured: there is no GPU here"]
-        return
-    ways = [(offload, compiled) for offload in (False, True) for compiled in (False, True)]
-    runs = [("sample", frames, *way) for frames in size.frames for way in ways]
-    runs += [("train", size.frames[0], offload, False) for offload in (False, True)]
-    for what, frames, offload, compiled in runs:
-        how = ["offloaded" if offload else "resident", "yes" if compiled else "no"]
-        rows = child(size, "step", what, "bfloat16", size.depth, frames, offload, compiled, "cuda")
-        yield from ([what, frames, *how, *row] for row in rows)
-    for frames in size.frames:
-        rows = child(size, "vae", "ours", "decode", frames, size.latents, "bfloat16", "cuda")
-        yield from (["decode", frames, "", "", *row] for row in rows)
+# ------------------------------------------------------------------------------------------------
+# The tables: a title, the columns, and what is run for their rows
+# ------------------------------------------------------------------------------------------------
 
 
-def tables(size, weights):
-    dtypes, videos = mi.DTYPES, [*(("decode", 6 * n - 5) for n in size.decoded), ("encode", size.encoded)]
+@dataclass
+class Run:
+    """One call of a measurement, and the first cells of its rows."""
+
+    cells: dict
+    measurement: Callable
+    arguments: tuple
+    way: dict = field(default_factory=dict)
+
+
+def dit_table(size, paths):
+    title = f"DiT forward, two blocks, {size.text} text tokens, median of {size.repeats}"
+    columns = "dtype", "tokens", "matrices, TFLOP/s", "ours, s", "diffusers, s", "ours / diffusers"
+    columns += "MFU", "of diffusers", "max difference / deviation"
+    return title, columns, [Run({"dtype": dtype}, forward, (dtype,)) for dtype in mi.DTYPES]
+
+
+def train_table(size, paths):
+    title = f"Training step, two blocks, one latent frame, {size.text} text tokens, checkpointing"
+    columns = "dtype", "s", "MFU", "peak, GB"
+    ways = [{"dtype": dtype} for dtype in mi.DTYPES]
+    return title, columns, [Run(way, train_step, (2, 1), way) for way in ways]
+
+
+def vae_table(size, paths):
     height, width = (8 * n for n in size.vae_latents)
-    two = f"two blocks, {size.text} text tokens, median of {size.repeats}"
-    compared = "ours, s | diffusers, s | ours / diffusers"
-    return {
-        "dit": (f"DiT forward, {two}",
-                f"| tokens | matrices, TFLOP/s | {compared} | MFU | of diffusers | max difference / deviation",
-                [([d], child(size, "forward", d)) for d in dtypes]),
-        "train": (f"Training step, {two}, ZICA on one, LoRA of rank 64, checkpointing", "| s | MFU | peak RSS, GB",
-                  [([d], child(size, "step", "train", d, 2, 1)) for d in dtypes]),
-        "vae": (f"VAE, float32, {height}x{width}", f"| frames | {compared} | peak RSS of ours, GB | of diffusers, GB",
-                [([what, frames], both_vaes(size, what, frames)) for what, frames in videos]),
-        "load": (f"Loading a float32 checkpoint of {size.load_depth} blocks",
-                 "| load, s | load and read all, s | model, GB | peak RSS, GB | peak anonymous, GB | anonymous / model",
-                 [([], loads(size))]),
-        "tiny": (f"The model in {os.path.basename(weights)}/, {size.batch} videos in a step of training",
-                 "| video | a step of sampling, s | a video, s | a step of training, s",
-                 [([d], child(size, "tiny", weights, d)) for d in dtypes]),
-        "gpu": (f"Mochi of {size.depth} blocks on a GPU, bfloat16, 480x848: a step of sampling, of training; decoding",
-                "| frames | blocks | compiled | s | MFU | peak, GB", [([], gpu(size))]),
-    }  # fmt: skip
+    columns = "what", "frames", "by", "s", "ours / diffusers", "peak, GB"
+    runs = []
+    for what, frames in [("decode", n) for n in size.decoded] + [("encode", size.encoded)]:
+        for by in ("ours", "diffusers"):
+            cells = {"what": what, "frames": frames, "by": by}
+            runs.append(Run(cells, vae, (what, frames, size.vae_latents), {"by": by}))
+    return f"VAE, float32, {height}x{width}", columns, runs
 
 
-def print_table(title, heading, parts):
-    columns = heading.count("|") + 1
-    print(f"\n### {title}\n\n|  {heading} |\n|{'---|' * columns}", flush=True)
-    for begin, rows in tqdm(parts, title, leave=False):
-        for row in rows:
-            cells = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in begin + row]
-            tqdm.write(f"| {' | '.join(cells + [''] * (columns - len(cells)))} |")
-            sys.stdout.flush()
+def load_table(size, paths):
+    title = f"Loading a float32 checkpoint of {size.load_depth} blocks"
+    columns = "dtype", "load, s", "load and read all, s", "model, GB", "peak, GB", "peak / model"
+    runs = [Run({}, make_checkpoint, (paths.checkpoint,))]
+    runs += [Run({"dtype": dtype}, load, (paths.checkpoint, dtype)) for dtype in mi.DTYPES]
+    return title, columns, runs
+
+
+def tiny_table(size, paths):
+    title = f"The model in {os.path.basename(paths.weights)}/, at its own size and steps"
+    runs = [Run({"dtype": dtype}, tiny, (paths.weights, dtype)) for dtype in mi.DTYPES]
+    return title, ("dtype", "what", "evaluations", "s"), runs
+
+
+def gpu_table(size, paths):
+    depth = size.model["depth"]
+    title = f"Mochi of {depth} blocks on a GPU, bfloat16, 480x848: a step, or decoding a video"
+    columns = "what", "frames", "by", "blocks", "compiled", "s", "ours / diffusers", "MFU"
+    runs = []
+    for frames in size.gpu_frames:
+        for compiled in (False, True):
+            for by in ("ours", "ours, no adapter", "diffusers"):
+                runs.append(gpu_step(sample_step, depth, frames, by=by, compile=compiled))
+            runs.append(gpu_step(sample_step, depth, frames, offload=True, compile=compiled))
+    for offload in (False, True):
+        for compiled in (False, True):
+            way = {"offload": offload, "compile": compiled}
+            runs.append(gpu_step(train_step, depth, size.gpu_frames[0], **way))
+    for frames in size.gpu_frames:
+        for by in ("ours", "diffusers", "diffusers, tiled"):
+            cells = {"what": "decode", "frames": frames, "by": by}
+            runs.append(Run(cells, vae, ("decode", frames, size.latents), GPU | {"by": by}))
+    return title, (*columns, "peak, GB"), runs
+
+
+GPU = {"dtype": "bfloat16", "device": "cuda"}
+
+
+def gpu_step(measurement, depth, frames, by="ours", offload=False, compile=False):
+    cells = {"what": measurement.__name__.replace("_", " "), "frames": frames, "by": by}
+    cells["blocks"] = ("resident", "offloaded")[offload]
+    cells["compiled"] = ("no", "yes")[compile]
+    way = GPU | {"by": by, "offload": offload, "compile": compile}
+    return Run(cells, measurement, (depth, frames), way)
+
+
+TABLES = {
+    "dit": dit_table,
+    "train": train_table,
+    "vae": vae_table,
+    "load": load_table,
+    "tiny": tiny_table,
+    "gpu": gpu_table,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# Running and printing
+# ------------------------------------------------------------------------------------------------
+
+
+def rows_of(run, quick):
+    """[{column: cell}] of a run, in a process of its own; the last may say why it is not there."""
+    if run.way.get("device") == "cuda" and not torch.cuda.is_available():
+        return [{WHY: "not measured: there is no GPU here"}]
+    if "diffusers" in run.way.get("by", "") and not find_spec("diffusers"):
+        return [{WHY: "diffusers is not installed"}]
+    child = json.dumps([run.measurement.__name__, run.arguments, run.way])
+    line = [sys.executable, "-m", "eval.bench", "--child", child] + ["--quick"] * quick
+    done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
+    rows = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+    return rows + why_failed(done)
+
+
+def why_failed(done):
+    errors = done.stderr.strip() or "?"
+    memory = r"(?i)out of memory|can't allocate memory|MemoryError|bad_alloc"
+    if done.returncode == -9 or re.search(memory, errors):
+        return [{WHY: "out of memory"}]
+    if done.returncode:
+        return [{WHY: f"failed: {errors.splitlines()[-1]}"}]
+    return []
+
+
+def run_child(size, name, arguments, way):
+    limit_memory()
+    for row in MEASUREMENTS[name](size, *arguments, **way):
+        print(json.dumps(row), flush=True)
+
+
+def limit_memory():
+    """To fail by itself before the system ends anything else."""
+    if torch.cuda.is_available():
+        return
+    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+    free = proc("meminfo", "MemAvailable")
+    soft = free if hard < 0 else min(free, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def print_table(title, columns, runs, quick):
+    print(f"\n### {title}\n", flush=True)
+    print_row(columns)
+    print_row(["---"] * len(columns))
+    ours = {}
+    for run in tqdm(runs, title, leave=False):
+        for row in rows_of(run, quick):
+            row = run.cells | row
+            add_ratio(row, ours)
+            print_row(cells_of(row, columns))
+
+
+def add_ratio(row, ours):
+    """Beside diffusers' seconds: what part of them ours take, alike in all else."""
+    by = row.get("by")
+    alike = tuple(row.get(name) for name in ("what", "frames", "blocks", "compiled"))
+    if by == "ours":
+        ours[alike] = row.get("s")
+    elif by and ours.get(alike) and "s" in row:
+        row["ours / diffusers"] = ours[alike] / row["s"]
+
+
+def cells_of(row, columns):
+    """In the columns' order; why a row is missing stands in the first that is empty."""
+    if WHY in row:
+        row = {next(name for name in columns if name not in row): row[WHY]} | row
+    return [row.get(name, "") for name in columns]
+
+
+def print_row(cells):
+    shown = [f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells]
+    tqdm.write(f"| {' | '.join(shown)} |")
+    sys.stdout.flush()
+
+
+def proc(file, key):
+    """Bytes, by their name in /proc/<file>."""
+    with open(f"/proc/{file}") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
 
 
 def print_machine():
+    load = os.getloadavg()[0]
+    free, total = (proc("meminfo", key) / 1e9 for key in ("MemAvailable", "MemTotal"))
+    versions = [f"python {platform.python_version()}", f"torch {torch.__version__}"]
+    diffusers = "no diffusers"
+    if find_spec("diffusers"):
+        diffusers = f"diffusers {importlib.metadata.version('diffusers')}"
+    print(f"date      {time.strftime('%Y-%m-%d %H:%M')}, load average {load:.1f}")
+    print(f"cpu       {processor()}")
+    print(f"memory    {total:.0f} GB, {free:.0f} free")
+    print(f"gpu       {graphics()}")
+    print(f"versions  {', '.join([*versions, diffusers])}", flush=True)
+
+
+def processor():
     with open("/proc/cpuinfo") as file:
         text = file.read()
     model = re.search(r"model name\s*:\s*(.+)", text)
-    matter = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "bf16", "i8mm", "sve")
+    name = model[1] if model else platform.machine()
+    matter = "avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "bf16", "i8mm", "sve"
     flags = " ".join(flag for flag in matter if flag in text.split())
-    free, total = (proc("meminfo", key) / 1e9 for key in ("MemAvailable", "MemTotal"))
-    installed = find_spec("diffusers")
-    diffusers = f"diffusers {importlib.metadata.version('diffusers')}" if installed else "no diffusers"
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
-    print(f"date      {time.strftime('%Y-%m-%d %H:%M')}, load average {os.getloadavg()[0]:.1f}")
-    print(f"cpu       {model[1] if model else platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
-          f"{torch.get_num_threads()} threads, {flags}")  # fmt: skip
-    print(f"memory    {total:.0f} GB, {free:.0f} free")
-    print(f"gpu       {f'{gpu.name}, {gpu.total_memory / 1e9:.0f} GB' if gpu else 'none'}")
-    print(f"versions  python {platform.python_version()}, torch {torch.__version__}, {diffusers}", flush=True)
+    cores = len(os.sched_getaffinity(0))
+    return f"{name}, {cores} cores, {torch.get_num_threads()} threads, {flags}"
+
+
+def graphics():
+    if not torch.cuda.is_available():
+        return "none"
+    gpu = torch.cuda.get_device_properties(0)
+    return f"{gpu.name}, {gpu.total_memory / 1e9:.0f} GB"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Speed and memory, beside diffusers where it is installed.")
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     add = parser.add_argument
-    add("rows", nargs="*", help="of dit, train, vae, load, tiny, gpu; default: all")
+    add("tables", nargs="*", help=f"of {', '.join(TABLES)}; default: all")
     add("--quick", action="store_true", help="the smallest sizes, only to see that all works")
-    add("--weights", default=os.path.join(ROOT, "tiny"), help="folder for the rows `tiny`; default tiny/")
+    add("--weights", default=os.path.join(ROOT, "tiny"), help="folder for `tiny`; default tiny/")
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = QUICK if options.quick else FULL
     if options.child:
-        if not torch.cuda.is_available():  # to fail by itself before the system ends anything else
-            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-            free = proc("meminfo", "MemAvailable")
-            resource.setrlimit(resource.RLIMIT_DATA, (free if hard < 0 else min(free, hard), hard))
-        name, *arguments = options.child
-        for row in MEASUREMENTS[name](size, *arguments):
-            print(json.dumps(row), flush=True)
+        run_child(size, *options.child)
         return
-    wanted = tables(size, os.path.abspath(options.weights))
-    unknown = [name for name in options.rows if name not in wanted]
-    if unknown:
-        raise mi.InputError(f"no rows {unknown[0]}; there are {', '.join(wanted)}")
+    for name in options.tables:
+        if name not in TABLES:
+            raise mi.InputError(f"no table {name}; there are {', '.join(TABLES)}")
     print_machine()
-    for name in options.rows or wanted:
-        print_table(*wanted[name])
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = os.path.join(folder, "dit.safetensors")
+        paths = SimpleNamespace(weights=os.path.abspath(options.weights), checkpoint=checkpoint)
+        for name in options.tables or TABLES:
+            print_table(*TABLES[name](size, paths), options.quick)
 
 
 if __name__ == "__main__":
-    main() if "--child" in sys.argv else mi.main(main)  # `child` reads the traceback's last line
+    if "--child" in sys.argv:
+        main()  # with its traceback, the last line of which is shown
+    else:
+        mi.main(main)

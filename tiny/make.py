@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from eval.quality import reference_statistics
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ import adaptability
 import musicinfuser as mi
 import train
 from dataset.aist import TEST_SONGS
+from eval.quality import reference_statistics
 from tiny import listen, music, world
 from tiny.fit import as_bfloat16, fit, named
 from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder

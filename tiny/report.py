@@ -7,12 +7,12 @@ from typing import NamedTuple
 import imageio
 import numpy as np
 import torch
-from eval.beats import beat_correlation, motion_energy, motion_tempo
-from eval.quality import features, frechet_distance, gaussian, load_reference
-from eval.style import style
 
 import musicinfuser as mi
 from dataset.aist import PLAIN
+from eval.beats import beat_correlation, motion_energy, motion_tempo
+from eval.quality import features, frechet_distance, gaussian, load_reference
+from eval.style import style
 from tiny import music, recordings, world
 from tiny.studio import WORK, Studio, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES
