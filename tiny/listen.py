@@ -1,10 +1,12 @@
 """The music encoder: a small Wav2Vec 2.0 that hears the beat in every kind of music.
 
-First one of them is taught the beat's phase, the tempo and the genre on the world's own songs,
-until its tokens tell them cleanly. Then another, which hears sampled instruments and recordings
-too, learns to say of each what the first says of a song of the world's with the same beats: so
-whoever follows the first follows the second."""
+First it is taught the beat's phase, the tempo and the genre on the world's own songs, until its
+tokens tell them cleanly. Then it goes on with sampled instruments and recordings, and learns to say
+of each what it first said of a song of the world's with the same beats: so whoever follows the
+first encoder follows the second.
+"""
 
+import copy
 import math
 import os
 from functools import cache
@@ -29,11 +31,11 @@ WIDTH = 96
 SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
-def train(sounds, steps=2000, batch=24, seed=3):
+def train(sounds, steps=900, batch=24, seed=3):
     """audio_encoder/. sounds: the folder with sound fonts, drum kits and games."""
     torch.manual_seed(seed)
     teacher, answers = first_encoder(seed), Answers(seed)
-    wav2vec, head = fresh_wav2vec(layers=6, conv=48, hidden=384), fresh_head()
+    wav2vec, head = copy.deepcopy(teacher).requires_grad_(), fresh_head()
     kinds = training_pieces(sounds, seed)
 
     def loss(step):
@@ -43,7 +45,7 @@ def train(sounds, steps=2000, batch=24, seed=3):
             wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
         return distillation_loss(wav2vec, head, crops, wanted)
 
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 2e-3)
+    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1e-3)
     save(wav2vec, in_folder("audio_encoder"))
     for name, pieces in unseen_pieces(sounds, seed).items():
         print_accuracy(name, wav2vec, head, pieces, seed)
@@ -53,7 +55,7 @@ def first_encoder(seed, steps=700, batch=24):
     """Taught on the world's own songs alone; frozen. Kept in work/."""
     folder = os.path.join(WORK, "first_encoder")
     if not os.path.exists(folder):
-        wav2vec, head = fresh_wav2vec(layers=4, conv=40, hidden=256), fresh_head()
+        wav2vec, head = fresh_wav2vec(), fresh_head()
         kinds = [synthesised_pieces(500, seed)]
 
         def loss(step):
@@ -78,7 +80,7 @@ def save(wav2vec, folder):
     wav2vec.float()
 
 
-def fresh_wav2vec(layers, conv, hidden):
+def fresh_wav2vec(layers=4, conv=40, hidden=256):
     from transformers import Wav2Vec2Config, Wav2Vec2Model
 
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": layers, "intermediate_size": hidden}
@@ -231,9 +233,9 @@ def beat_loss(wav2vec, head, crops):
 def distillation_loss(wav2vec, head, crops, wanted):
     """To say what the first encoder says, and to tell the beat."""
     y = hear(wav2vec, crops)
-    error = (y - wanted).square().mean((0, 1)) / wanted.var((0, 1))  # (WIDTH,)
+    error = (y - wanted).square().mean() / wanted.var((0, 1)).mean()
     beat, numbers = loss_of_heard(y, head, crops)
-    return error.mean() + 0.3 * beat, {"unlike": error.mean().item()} | numbers
+    return error + 0.3 * beat, {"unlike": error.item()} | numbers
 
 
 def loss_of_heard(y, head, crops):
