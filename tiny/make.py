@@ -36,11 +36,12 @@ SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "steps": 40, "cfg": 2.5, "mu
 TRAINING = {
     "layers": "all",
     "window": 0,
-    "rank": 16,
-    "steps": 500,
-    "batch": 14,
+    "rank": 64,
+    "steps": 1500,
+    "batch": 7,
     "lr": 2e-3,
-    "beta": 1.0,
+    "beta": 0.5,  # noise nearer to 1 from the first step to the last
+    "half_life": 1e9,
     "audio_dropout": 0.1,
 }
 
