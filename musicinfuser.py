@@ -15,6 +15,7 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
+import atexit
 import datetime
 import difflib
 import hashlib
@@ -1554,9 +1555,16 @@ def join_processes(options):
         torch.cuda.set_device(options.device)
     # Some wait long: the first makes a cache for all
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    atexit.register(leave_processes)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), count
+
+
+def leave_processes():
+    """Gloo's threads would end a process that leaves without a word."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class TokenParallel:
@@ -2136,8 +2144,10 @@ def main(function):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of other alphabets
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    sys.unraisablehook = swallowed
     try:
         function()
     except InputError as error:
@@ -2147,11 +2157,25 @@ def main(function):
             raise
         sys.exit("error: out of memory; fewer frames, a smaller size or --offload take less")
     except KeyboardInterrupt:
+        ring_in(0)
         sys.exit("stopped")
 
 
 def stop(number, frame):
+    """KeyboardInterrupt, and again in two seconds: the clean-up of some libraries swallows it."""
+    ring_in(2)
     raise KeyboardInterrupt
+
+
+def swallowed(raised):
+    """What a clean-up raised is printed, but for a KeyboardInterrupt, which comes again."""
+    if raised.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(raised)
+
+
+def ring_in(seconds):
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # 0: never
 
 
 def is_out_of_memory(error):
