@@ -571,9 +571,8 @@ def pack_text(y_feat, y_mask):
     """
     longest = int(y_mask.sum(1).max())
     order = y_mask.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return y_feat.gather(1, order[..., None].expand(-1, -1, y_feat.shape[-1])), y_mask.gather(
-        1, order
-    )
+    y_feat = y_feat.gather(1, order[..., None].expand(-1, -1, y_feat.shape[-1]))
+    return y_feat, y_mask.gather(1, order)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -913,7 +912,11 @@ class Encoder(nn.Module):
                     yield layer.attn_block
 
     def embed(self, video, past):
-        x = pointwise(self.layers[0], fourier_features(video))
+        """The pixels, their sines and their cosines, (B, 15, T, H, W), through a Linear."""
+        video = video.float()  # angles reach 800
+        frequencies = 2 * math.pi * torch.tensor([2.0**6, 2.0**7], device=video.device)
+        angles = (video[:, :, None] * frequencies[:, None, None, None]).flatten(1, 2)
+        x = pointwise(self.layers[0], torch.cat([video, angles.sin(), angles.cos()], 1))
         return x.contiguous(memory_format=torch.channels_last_3d)
 
     def project(self, x, past):
@@ -936,14 +939,6 @@ def in_pieces(layers, x, chunk):
     return torch.cat(outputs, 2)
 
 
-def fourier_features(video):
-    """(B, 3, T, H, W) -> (B, 15, T, H, W): the pixels, their sines, their cosines."""
-    frequencies = 2 * math.pi * torch.tensor([2.0**6, 2.0**7], device=video.device)
-    angles = video.float()[:, :, None] * frequencies[:, None, None, None]  # (B, 3, 2, T, H, W)
-    angles = angles.flatten(1, 2)  # they reach 800: float32 only
-    return torch.cat([video.float(), angles.sin(), angles.cos()], 1)
-
-
 class UpBlock(nn.Module):
     """Residual blocks, then every position unfolds into (st, sh, sw) ones (depth to space-time)."""
 
@@ -956,18 +951,13 @@ class UpBlock(nn.Module):
     def forward(self, x, past):
         for block in self.blocks:
             x = block(x, past)
-        x = self.unfold(pointwise(self.proj, x))
-        if self in past:
-            return x
-        past[self] = True
-        return x[:, :, self.expand[0] - 1 :]  # the first latent frame stands for one frame
-
-    def unfold(self, x):  # (B, C st sh sw, T, H, W) -> (B, C, T st, H sh, W sw)
-        b, _, t, h, w = x.shape
-        st, sh, sw = self.expand
-        x = x.movedim(1, -1).unflatten(-1, (-1, st, sh, sw))  # (B, T, H, W, C, st, sh, sw)
+        x = pointwise(self.proj, x).movedim(1, -1).unflatten(-1, (-1, *self.expand))
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T, st, H, sh, W, sw, C)
-        return x.reshape(b, t * st, h * sh, w * sw, -1).movedim(-1, 1)
+        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+        if self not in past:  # the first latent frame stands for one frame
+            x = x[:, :, self.expand[0] - 1 :]
+        past[self] = True
+        return x
 
 
 class Decoder(nn.Module):
@@ -1026,9 +1016,7 @@ def written_whole(path, exclusive=False):
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     ending = os.path.splitext(name)[1][:20]
-    temporary = os.path.join(
-        folder, f".tmp{os.getpid()}-{digest(os.fsencode(name).hex())[:12]}{ending}"
-    )
+    temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending}")
     try:
         os.makedirs(folder, exist_ok=True)
         yield temporary
@@ -1088,20 +1076,18 @@ def read_safetensors(path, readonly=False):
     less; this one takes memory where it is written to. readonly: no limit counts it at all, and
     writing to it ends the process. Raises InputError.
     """
-    header, metadata = read_header(path)
+    header, metadata, begin = read_header(path)
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise InputError(f"{path} has {name} as {entry['dtype']}, which is not supported here")
     with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
         small = os.path.getsize(path) < SMALL_FILE
-        file.seek(0)
         data = bytearray(file.read()) if small else mapped(file, readonly)
     return {name: view_of(data, begin, **entry) for name, entry in header.items()}, metadata
 
 
 def read_header(path):
-    """({name: {dtype, shape, data_offsets}}, metadata), as the library checks them."""
+    """({name: {dtype, shape, data_offsets}}, metadata, where the data begins); InputError."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
@@ -1111,11 +1097,9 @@ def read_header(path):
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size), object_pairs_hook=without_twins)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} is not a whole safetensors file ({reason}); fetch or make it again"
-        ) from error
-    return header, header.pop("__metadata__", None) or {}
+        reason = f"{' '.join(str(error).split())[:200]}; fetch or make it again"
+        raise InputError(f"{path} is not a whole safetensors file: {reason}") from error
+    return header, header.pop("__metadata__", None) or {}, 8 + size
 
 
 def without_twins(pairs):
@@ -1155,17 +1139,15 @@ def read_metadata(path, metadata, key):
 
 def check_names(path, found, wanted):
     """One line for a missing, unknown or misshapen tensor; found, wanted: {name: shape}."""
-    for what, names in (
-        ("lacks", wanted.keys() - found),
-        ("has the unknown", found.keys() - wanted),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path} {what} {min(names)}{more}")
-    for name, shape in wanted.items():
-        if tuple(found[name]) != tuple(shape):
-            fits = f"{list(shape)} fits"
-            raise InputError(f"{path} has {name} of shape {list(found[name])}, where {fits}")
+    faults = [f"lacks {name}" for name in sorted(wanted.keys() - found)]
+    faults += [f"has the unknown {name}" for name in sorted(found.keys() - wanted)]
+    for name in sorted(wanted.keys() & found):
+        shape, fits = list(found[name]), list(wanted[name])
+        if shape != fits:
+            faults.append(f"has {name} of shape {shape}, where {fits} fits")
+    if faults:
+        more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+        raise InputError(f"{path} {faults[0]}{more}")
 
 
 def digest(value):
@@ -1202,30 +1184,18 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False
     only. offload: see Offload. shard: the blocks stay in their file until shard_blocks. Raises
     InputError for a file that is missing, damaged or another's.
     """
-    needed = (
-        "pos_frequencies",
-        "x_embedder.proj.weight",
-        "t5_yproj.weight",
-        "blocks.0.mlp_x.w2.weight",
-    )
-    shapes, metadata = shapes_of(path, "a Mochi transformer", *needed)
+    needed = "pos_frequencies", "x_embedder.proj.weight", "t5_yproj.weight"
+    mlp_x, mlp_y = "blocks.0.mlp_x.w2.weight", "blocks.0.mlp_y.w2.weight"
+    shapes, metadata = shapes_of(path, "a Mochi transformer", *needed, mlp_x)
     with torch.device("meta"), sizes_fit(path):
-        text_width, t5_width = shapes["t5_yproj.weight"]
+        depth = len(children(shapes, "blocks"))
+        _, heads, _ = shapes["pos_frequencies"]
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        mlp_y = shapes.get("blocks.0.mlp_y.w2.weight", (0, None))  # absent from a single block
-        dit = DiT(
-            depth=len(children(shapes, "blocks")),
-            width=width,
-            text_width=text_width,
-            heads=shapes["pos_frequencies"][1],
-            t5_width=t5_width,
-            hidden=(shapes["blocks.0.mlp_x.w2.weight"][1], mlp_y[1]),
-            channels=channels,
-            patch=patch,
-        )
+        text_width, t5_width = shapes["t5_yproj.weight"]
+        hidden = shapes[mlp_x][1], shapes.get(mlp_y, (0, None))[1]  # a single block has no mlp_y
+        dit = DiT(depth, width, text_width, heads, t5_width, hidden, channels, patch)
     dit.config = read_config(path, metadata, channels)
-    mapped = "blocks." if offload or shard else None
-    fill(dit, path, list(dit.state_dict()), device, dtype, mapped)
+    fill(dit, path, device, dtype, mapped="blocks." if offload or shard else None)
     if offload:
         Offload(dit, torch.device(device), dtype)
     return dit
@@ -1256,14 +1226,11 @@ def shrunk(tensors, dtype=torch.bfloat16):
     return {name: t if name in small else t.to(dtype) for name, t in tensors.items()}
 
 
-def save_adapter(dit, path, dtype=None):
-    """The adapter in the authors' names, as `dtype` if given; dit.adapter in the metadata.
+def save_adapter(dit, path):
+    """The adapter in the authors' names; dit.adapter in the metadata.
 
     The authors' own metadata, `kwargs`, has no more than LoRA's ranks and alphas.
     """
-    tensors = adapter_parameters(dit)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     kwargs = {}
     for kind, names in LORA_TARGETS.items():
         linear = dit.blocks[0].get_submodule(names[0])
@@ -1272,7 +1239,7 @@ def save_adapter(dit, path, dtype=None):
         kwargs[f"{kind}_lora_alpha"] = linear.alpha if rank else 0
         kwargs[f"{kind}_lora_dropout"] = 0.0
     metadata = {"kwargs": json.dumps(kwargs), "musicinfuser": json.dumps(asdict(dit.adapter))}
-    save_safetensors(path, tensors, metadata)
+    save_safetensors(path, adapter_parameters(dit), metadata)
 
 
 def load_adapter(dit, path, layers=None, lora_scale=1.0):
@@ -1297,7 +1264,7 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
             attach_lora(dit, kind, rank, lora_scale * alpha)
             dit.adapter = replace(dit.adapter, rank=rank, alpha=alpha)
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
-    fill(dit, path, list(adapter_parameters(dit)), device, dtype)
+    fill(dit, path, device, dtype, adapter_parameters(dit))
     for name, p in adapter_parameters(dit).items():
         if not p.is_meta and not p.isfinite().all():
             raise InputError(f"{path} has values in {name} that are not numbers; train it again")
@@ -1345,7 +1312,7 @@ def load_encoder(path, device="cpu", dtype=torch.float32):
             attention=attention,
             latent=shapes["output_proj.weight"][0] // 2,
         )
-    return fill(encoder, path, list(encoder.state_dict()), device, dtype)
+    return fill(encoder, path, device, dtype)
 
 
 def load_decoder(path, device="cpu", dtype=torch.float32):
@@ -1365,7 +1332,7 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
             expand=[(out // (4 * to), 2, 2) for (out, _), to in zip(unfolds, channels[1:])],
             latent=shapes["blocks.0.0.weight"][1],
         )
-    return fill(decoder, path, list(decoder.state_dict()), device, dtype)
+    return fill(decoder, path, device, dtype)
 
 
 def children(shapes, prefix):
@@ -1375,9 +1342,9 @@ def children(shapes, prefix):
     return [f"{prefix}.{i}" for i in sorted(numbers)]
 
 
-def shapes_of(path, kind, *needed):
+def shapes_of(path, kind="", *needed):
     """({name: shape}, metadata) of a file; without the needed tensors it is not of that kind."""
-    header, metadata = read_header(path)
+    header, metadata, _ = read_header(path)
     for name in needed:
         if name not in header:
             raise InputError(f"{path} is not {kind}: it lacks {name}")
@@ -1395,30 +1362,38 @@ def sizes_fit(path):
         raise InputError(f"{path} has sizes that no such model has ({error})") from error
 
 
-def fill(module, path, names, device, dtype, mapped=None):
-    """Read those parameters from a file into a module on the meta device, one by one, frozen.
+def fill(module, path, device, dtype, names=None, mapped=None):
+    """Read a module's parameters, on the meta device, from a file that has no others; frozen.
 
-    The matrices become `dtype`; norms and rope frequencies are float32. What needs no conversion,
-    and all whose name begins with `mapped`, stays in the file. device="meta" checks the shapes.
+    dtype: see dtype_in. names: of the parameters; all. What needs no conversion, and all whose name
+    begins with `mapped`, stays in the file. device="meta" only checks the shapes.
     """
-    wanted = {name: module.get_parameter(name).shape for name in names}
-    header, _ = read_header(path)
-    check_names(path, {name: entry["shape"] for name, entry in header.items()}, wanted)
+    names = [name for name, _ in module.named_parameters()] if names is None else names
+    check_names(path, shapes_of(path)[0], {n: module.get_parameter(n).shape for n in names})
+    module.requires_grad_(False)
     if torch.device(device).type == "meta":
-        return module.requires_grad_(False)
+        return module
     tensors, _ = read_safetensors(path, readonly=bool(mapped))
     for name in names:
         tensor = tensors[name]
+        if not (mapped and name.startswith(mapped)):
+            tensor = tensor.to(device, dtype_in(module, name, dtype))
+        put_weights(module, {name: tensor})
+    return module
+
+
+def dtype_in(module, name, dtype):
+    """Of a parameter of that name: matrices are `dtype`, norms and rope frequencies float32."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return dtype if isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d)) else torch.float32
+
+
+def put_weights(module, weights):
+    """Frozen parameters in place of those of these names."""
+    for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner)
-        if not (mapped and name.startswith(mapped)):
-            tensor = tensor.to(device, dtype if is_matrix(owner) else torch.float32)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    return module.requires_grad_(False)
-
-
-def is_matrix(module):
-    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1479,21 +1454,11 @@ class Offload:
 
     def converted(self, block):
         weights = frozen_weights(block)
-        norms = {name for name in weights if "norm" in name}
-        return {
-            name: w.to(torch.float32 if name in norms else self.dtype)
-            for name, w in weights.items()
-        }
+        return {name: w.to(dtype_in(block, name, self.dtype)) for name, w in weights.items()}
 
 
 def frozen_weights(block):
     return {name: p.detach() for name, p in block.named_parameters() if "lora_" not in name}
-
-
-def put_weights(block, weights):
-    for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
 
 
 def pinned(weights):
@@ -1527,9 +1492,7 @@ def checkpoint_layers(dit):
 def compile_blocks(dit):
     """Compile each block when it is first used. Raises InputError where a compiler is missing."""
     if dit.pos_frequencies.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError(
-            "compiling for a CPU takes g++, which is not installed; leave out --compile"
-        )
+        raise InputError("compiling for a CPU takes g++, which is missing; leave out --compile")
     # With text or without, padded or not, with gradients or without, the last block: 16 variants
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in dit.blocks:
@@ -1625,8 +1588,7 @@ def shard_blocks(dit, device, dtype):
     trained = set(adapter_parameters(dit).values())
     for block in dit.blocks:
         for name, weight in frozen_weights(block).items():
-            kept = torch.float32 if "norm" in name else dtype
-            put_weights(block, {name: weight.to(device, kept)})
+            put_weights(block, {name: weight.to(device, dtype_in(block, name, dtype))})
         fully_shard(block, reshard_after_forward=True, ignored_params=trained)
 
 
