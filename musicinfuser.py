@@ -31,7 +31,6 @@ import tempfile
 import threading
 import time
 import warnings
-import wave
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -715,16 +714,16 @@ class SamplingOptions(Guidance, VideoOptions):
     """All that sampling takes but for the models, the noise, the text and the music."""
 
 
+@torch.no_grad()  # as a decorator, so that it ends with each video
 def noise_to_video(dit, decoder, noise, text, null, audio, options, progress=iter):
     """Yield the videos (3, T, H, W), about [-1, 1], of noise (B, 12, ...) by SamplingOptions."""
     how = {f.name: getattr(options, f.name) for f in fields(Guidance)}
     how |= {"sigmas": linear_quadratic_schedule(options.steps), "solver": options.solver}
-    with torch.inference_mode():
-        z = sample(dit, noise, text, null, audio, progress=progress, **how)
-        if not z.isfinite().all():
-            raise InputError("the latents are not finite; lower the scales, or try --dtype float32")
-        for latents in to_vae_space(z, dit.config.mean, dit.config.std).split(1):
-            yield decoder(latents)[0]
+    z = sample(dit, noise, text, null, audio, progress=progress, **how)
+    if not z.isfinite().all():
+        raise InputError("the latents are not finite; lower the scales, or try --dtype float32")
+    for latents in to_vae_space(z, dit.config.mean, dit.config.std).split(1):
+        yield decoder(latents)[0]
 
 
 def noise_for(seed, config, frames, size):
@@ -840,14 +839,10 @@ class AttentionBlock(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, channels, attention=False):
         super().__init__()
-        self.stack = nn.Sequential(
-            GroupNorm(channels),
-            nn.SiLU(),
-            CausalConv3d(channels, channels, 3),
-            GroupNorm(channels),
-            nn.SiLU(),
-            CausalConv3d(channels, channels, 3),
-        )
+        layers = []
+        for _ in range(2):
+            layers += [GroupNorm(channels), nn.SiLU(), CausalConv3d(channels, channels, 3)]
+        self.stack = nn.Sequential(*layers)
         if attention:
             self.attn_block = AttentionBlock(channels)  # a step of its own, see Encoder.steps
 
@@ -1021,9 +1016,8 @@ def written_whole(path, exclusive=False):
         os.makedirs(folder, exist_ok=True)
         yield temporary
         if exclusive:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+            open(path, "x").close()  # claims the name, or fails; not every disk has hard links
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -1194,7 +1188,7 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False
         text_width, t5_width = shapes["t5_yproj.weight"]
         hidden = shapes[mlp_x][1], shapes.get(mlp_y, (0, None))[1]  # a single block has no mlp_y
         dit = DiT(depth, width, text_width, heads, t5_width, hidden, channels, patch)
-    dit.config = read_config(path, metadata, channels)
+        dit.config = read_config(path, metadata, channels)
     fill(dit, path, device, dtype, mapped="blocks." if offload or shard else None)
     if offload:
         Offload(dit, torch.device(device), dtype)
@@ -1202,14 +1196,16 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False
 
 
 def read_config(path, metadata, channels):
+    """The ModelConfig of a file; what this code does not know is left out."""
     stored = read_metadata(path, metadata, "config")
-    known = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{name: value for name, value in stored.items() if name in known})
-    numbers = [config.fps, *config.mean, *config.std]
-    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-        raise InputError(f"the metadata of {path} is damaged: {numbers} are not all numbers")
+    names = [f.name for f in fields(ModelConfig) if f.name in stored]
+    config = ModelConfig(**{name: stored[name] for name in names})
+    if not all(math.isfinite(n) for n in (config.fps, *config.mean, *config.std)):
+        raise ValueError("fps, mean and std are not all numbers")
     if len(config.mean) != channels or len(config.std) != channels or config.fps <= 0:
-        raise InputError(f"the metadata of {path} does not fit its {channels} channels")
+        raise ValueError(f"fps, mean and std do not fit {channels} channels")
+    if not isinstance(config.sampling, dict) or not isinstance(config.training, dict):
+        raise ValueError("sampling or training are no options")
     return config
 
 
@@ -1262,7 +1258,7 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
             rank = lora_rank(shapes, kind)
             alpha = kwargs.get(f"{kind}_lora_alpha", rank)
             attach_lora(dit, kind, rank, lora_scale * alpha)
-            dit.adapter = replace(dit.adapter, rank=rank, alpha=alpha)
+            dit.adapter.rank, dit.adapter.alpha = rank, alpha
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
     fill(dit, path, device, dtype, adapter_parameters(dit))
     for name, p in adapter_parameters(dit).items():
@@ -1353,13 +1349,13 @@ def shapes_of(path, kind="", *needed):
 
 @contextmanager
 def sizes_fit(path):
-    """Sizes that no model can have make its constructor fail."""
+    """What no model can have makes its constructor fail."""
     try:
         yield
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise InputError(f"{path} has sizes that no such model has ({error})") from error
+        raise InputError(f"{path} has what no such model has ({error})") from error
 
 
 def fill(module, path, device, dtype, names=None, mapped=None):
@@ -1708,15 +1704,19 @@ def ffmpeg_command(path, *arguments):
     return [ffmpeg, "-v", "error", "-nostdin", *source, *map(str, arguments)]
 
 
-def ffmpeg(path, *arguments):
-    """What ffmpeg writes to its standard output. Raises InputError with its first complaint."""
+def ffmpeg(path, *arguments, purpose="be converted"):
+    """What ffmpeg writes to its standard output. InputError: the path cannot `purpose`."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     run = subprocess.run(ffmpeg_command(path, *arguments), capture_output=True)
     if run.returncode:
-        lines = run.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
-        raise InputError(lines[0])
+        raise InputError(f"{path} cannot {purpose} ({first_complaint(run.stderr)})")
     return run.stdout
+
+
+def first_complaint(stderr):
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[0] if lines else "ffmpeg failed"
 
 
 def decode_audio(path, start=0.0, seconds=None):
@@ -1724,12 +1724,11 @@ def decode_audio(path, start=0.0, seconds=None):
     cut = ["-ss", f"{start:.6f}"] + ([] if seconds is None else ["-t", f"{seconds:.6f}"])
     how = "-map 0:a:0 -map_metadata -1 -c:a pcm_f32le -f wav -".split()
     try:
-        wav = ffmpeg(path, *cut, *how)
+        wav = ffmpeg(path, *cut, *how, purpose="be read as audio")
     except InputError as error:
-        if "no such file" in str(error):
+        if "matches no streams" not in str(error):
             raise
-        what = "has no sound" if "matches no streams" in str(error) else "cannot be read as audio"
-        raise InputError(f"{path} {what} ({error})") from error
+        raise InputError(f"{path} has no sound") from error
     channels, rate = int.from_bytes(wav[22:24], "little"), int.from_bytes(wav[24:28], "little")
     samples = np.frombuffer(wav, "<f4", offset=wav.index(b"data") + 8)  # after the stream's header
     sound = torch.from_numpy(samples.reshape(-1, channels).T.copy())
@@ -1772,10 +1771,8 @@ def music_window(path, frames, fps=30, start=0.0, speed=1.0):
 
 def count_frames(path, fps=30):
     """How many frames a video has at `fps`, without decoding it. Raises InputError."""
-    try:
-        packets = ffmpeg(path, *"-map 0:v:0 -c copy -f framecrc -".split()).decode()
-    except InputError as error:
-        raise InputError(f"{path} cannot be read as video ({error})") from error
+    how = "-map 0:v:0 -c copy -f framecrc -".split()
+    packets = ffmpeg(path, *how, purpose="be read as video").decode()
     unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds
     times = re.findall(r"^0,\s*\S+\s+(-?\d+),\s*(\d+)", packets, re.M)  # shown at, for how long
     ends = [int(start) + int(length) for start, length in times]
@@ -1801,8 +1798,7 @@ def read_frames(path, height, width, fps=30, crop=None):
                 yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).copy()
         if run.returncode:
             errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else "ffmpeg failed"
+            reason = first_complaint(errors.read())
             raise InputError(f"{path} cannot be read as video ({reason})")
 
 
@@ -1827,9 +1823,10 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
-            wav = os.path.join(folder, "song.wav")
-            write_song(wav, song, start, count / fps, speed)
-            join = ["-i", wav, "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
+            raw = os.path.join(folder, "song.raw")
+            stereo_samples(song, start, count / fps, speed).tofile(raw)
+            join = ["-f", "s16le", "-ar", STEREO_RATE, "-ac", 2, "-i", raw]
+            join += ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
             ffmpeg(silent, *join, "-f", "mp4", "-y", temporary)
 
 
@@ -1849,18 +1846,13 @@ def write_frames(path, pieces, fps):
     return count
 
 
-def write_song(path, song, start, seconds, speed):
-    """A 16-bit stereo wav of exactly that length."""
+def stereo_samples(song, start, seconds, speed):
+    """(samples, 2) int16, of exactly that length."""
     sound, rate = decode_audio(song, start, seconds * speed)
     sound = played(sound[:2].expand(2, -1), rate, speed, STEREO_RATE)
     length = round(seconds * STEREO_RATE)
-    sound = F.pad(sound, (0, max(length - sound.shape[1], 0)))[:, :length]
-    samples = (sound.clamp(-1, 1) * 32767).round().short().T.contiguous()
-    with wave.open(path, "wb") as file:
-        file.setnchannels(2)
-        file.setsampwidth(2)
-        file.setframerate(STEREO_RATE)
-        file.writeframes(samples.numpy().tobytes())
+    sound = F.pad(sound, (0, length - sound.shape[1]))  # a negative number cuts
+    return (sound.clamp(-1, 1) * 32767).round().short().T.numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1868,6 +1860,7 @@ def write_song(path, song, start, seconds, speed):
 # ----------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OFF = (None, False, (), "")  # values that say nothing
 
 
 @dataclass
@@ -1878,9 +1871,7 @@ class RunOptions:
     device: str = option(None, "default: cuda if there is one, else cpu", line="device")
     dtype: str = option(None, "default: bfloat16 on a GPU", choices=tuple(DTYPES), line="device")
     offload: bool = option(False, "keep the blocks in host memory, or in their file", line="device")
-    compile: bool = option(
-        False, "compile the blocks: minutes at first, then faster", line="device"
-    )
+    compile: bool = option(False, "compile the blocks: slow at first, then faster", line="device")
 
 
 def begin(cls, kind, given):
@@ -1898,67 +1889,56 @@ def begin(cls, kind, given):
 
 def settle(cls, preferred, given):
     """Options: the class's defaults, over these what the weights prefer, then what was given."""
-    check_known(cls, given)
     defaults = {f.name: f.default for f in fields(cls)}
     chosen = {name: value for name, value in preferred.items() if name in defaults}
     for name, value in given.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"there is no option {name}{hint}")
         if value is not None or defaults[name] is None:  # None is a value only where it is one
-            chosen[name] = value
+            chosen[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     for name, value in chosen.items():
-        if isinstance(value, list):
-            chosen[name] = tuple(value)
-        elif isinstance(value, os.PathLike):
-            chosen[name] = os.fspath(value)
+        chosen[name] = tuple(value) if isinstance(value, list) else value
     options = cls(**chosen)
     check_options(options)
     return options
 
 
-def check_known(cls, given):
-    names = [f.name for f in fields(cls)]
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"there is no option {name}{hint}")
-
-
 def check_options(options, where=""):
     """Raises InputError for a value that its field's type or limits rule out."""
     for f in fields(options):
-        value = getattr(options, f.name)
+        value, limits = getattr(options, f.name), f.metadata
         name = f"{where} {f.name}" if where else flag_of(f)
         if value is None and f.default is None:
             continue
-        check_option(name, value, f.type, f.metadata)
+        if f.type in (int, float):
+            check_number(name, value, f.type, limits)
+        elif "choices" in limits and value not in limits["choices"]:
+            raise InputError(f"{name} must be one of {', '.join(limits['choices'])}, not {value}")
     if isinstance(options, VideoOptions):
         check_sizes(options.frames, options.size)
 
 
-def check_option(name, value, kind, limits):
-    if kind in (int, float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (kind is int and value != int(value)):
-            raise InputError(f"{name} must be a number, not {value}")
-        if "low" in limits and value < limits["low"]:
-            raise InputError(f"{name} must be {limits['low']} or more, not {value}")
-        if "above" in limits and value <= limits["above"]:
-            raise InputError(f"{name} must be more than {limits['above']}, not {value}")
-        if value > limits.get("high", 2**63 - 1):
-            raise InputError(
-                f"{name} must be {limits.get('high', '2^63 - 1')} or less, not {value}"
-            )
-    elif "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"{name} must be one of {', '.join(limits['choices'])}, not {value}")
+def check_number(name, value, kind, limits):
+    if not isinstance(value, (kind, int)) or isinstance(value, bool) or not math.isfinite(value):
+        whole = "whole " if kind is int else ""
+        raise InputError(f"{name} must be a {whole}number, not {value}")
+    low, high = limits.get("low", -math.inf), limits.get("high", 2**63 - 1)
+    if value < low:
+        raise InputError(f"{name} must be {low} or more, not {value}")
+    if value > high:
+        raise InputError(f"{name} must be {high} or less, not {value}")
+    if "above" in limits and value <= limits["above"]:
+        raise InputError(f"{name} must be more than {limits['above']}, not {value}")
 
 
 def check_sizes(frames, size):
     if frames < 1 or frames % 6 != 1:
         low = max((frames - 1) // 6 * 6 + 1, 1)
         raise InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
-    height, width = size
-    if height < 16 or width < 16 or height % 16 or width % 16:
-        raise InputError(f"height and width must be multiples of 16, not {height}x{width}")
+    if len(size) != 2 or any(side < 16 or side % 16 for side in size):
+        raise InputError(f"height and width must be multiples of 16, not {shown('size', size)}")
 
 
 def flag_of(f):
@@ -1969,37 +1949,37 @@ def parser_for(cls, description):
     """An argparse parser with a flag for each field; its result has only what was given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(cls):
-        add_option(parser, f)
+        text = f.metadata["help"]
+        if f.default not in OFF:
+            text += f" (default {shown(f.name, f.default)})"
+        how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, nargs="?", **how)
+        else:
+            parser.add_argument(flag_of(f), dest=f.name, **how, **parsing(f))
     return parser
 
 
-def add_option(parser, f):
-    more = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f).replace("%", "%%")}
-    if f.metadata.get("positional"):
-        more.pop("dest")
-        parser.add_argument(f.name, nargs="?", **more)
-    elif f.type is bool:
-        parser.add_argument(flag_of(f), action="store_true", **more)
-    elif f.name == "size":
-        parser.add_argument(flag_of(f), type=height_by_width, metavar="HxW", **more)
-    elif f.type is tuple:
-        parser.add_argument(flag_of(f), type=f.metadata["parse"], nargs="+", **more)
-    elif f.type in (int, float):
-        parse = partial(number_or_none, f.type) if f.default is None else f.type
-        parser.add_argument(flag_of(f), type=parse, metavar=f.type.__name__.upper(), **more)
-    else:
-        parser.add_argument(flag_of(f), choices=f.metadata.get("choices"), **more)
+def parsing(f):
+    """How argparse reads a field's value."""
+    if f.type is bool:
+        return {"action": "store_true"}
+    if f.name == "size":
+        return {"type": height_by_width, "metavar": "HxW"}
+    if f.type is tuple:
+        return {"type": f.metadata["parse"], "nargs": "+"}
+    if f.type in (int, float):
+        return {"type": partial(number, f), "metavar": f.type.__name__.upper()}
+    return {"choices": f.metadata.get("choices")}
 
 
-def help_of(f):
-    text = f.metadata["help"]
-    if f.default in (None, False, (), ""):
-        return text
-    return f"{text} (default {shown(f.name, f.default)})"
-
-
-def number_or_none(kind, text):
-    return None if text.lower() == "none" else kind(text)
+def number(f, text):
+    if f.default is None and text.lower() == "none":
+        return None
+    try:
+        return f.type(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {f.type.__name__} value: {text}") from error
 
 
 def height_by_width(text):
@@ -2010,13 +1990,11 @@ def height_by_width(text):
 
 
 def shown(name, value):
-    if name == "size":
-        return f"{value[0]}x{value[1]}"
-    if isinstance(value, float):
-        return f"{value:g}"
+    if value is True:
+        return ""
     if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)
+        return ("x" if name == "size" else " ").join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def print_options(options):
@@ -2024,10 +2002,9 @@ def print_options(options):
     lines = {}
     for f in fields(options):
         value, line = getattr(options, f.name), f.metadata.get("line")
-        if line and value not in (None, False, (), ""):
-            words = shown(f.name, value) if f.name == line else f"{f.name} {shown(f.name, value)}"
-            words = f.name if value is True else words
-            lines.setdefault(line, []).append(words.replace("_", " ") if f.name != line else words)
+        if line and value not in OFF:
+            name = "" if f.name == line else f.name.replace("_", " ")
+            lines.setdefault(line, []).append(f"{name} {shown(f.name, value)}".strip())
     for line, words in lines.items():
         print(f"{line:8} {', '.join(words)}")
 
@@ -2098,24 +2075,16 @@ def main(function):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of other alphabets
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function()
     except InputError as error:
         sys.exit("error: " + " ".join(str(error).split())[:600])
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        kinds = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
         sys.exit("error: out of memory; fewer frames, a smaller size or --offload take less")
     except KeyboardInterrupt:
         sys.exit("stopped")
-
-
-def stop(number, frame):
-    raise KeyboardInterrupt
-
-
-def is_out_of_memory(error):
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
