@@ -1250,9 +1250,9 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
     options = read_adapter_options(dit, path, metadata, layers)
     kwargs = read_metadata(path, metadata, "kwargs")
     count = len(children(shapes, "audio_cross_attn_blocks"))
-    if count != len(options.layers):
-        raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
     with torch.device("meta"), sizes_fit(path):
+        if count != len(options.layers):
+            raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
         attach_music(dit, options, shapes[first][1])
         for kind in LORA_TARGETS:
             rank = lora_rank(shapes, kind)
@@ -1275,10 +1275,10 @@ def read_adapter_options(dit, path, metadata, layers):
         raise InputError(f"{path} has the option {min(unknown)}, which this code does not know")
     options = AdapterOptions(**stored)
     options.layers = layers or options.layers
-    if options.layers is None and len(dit.blocks) == MODELS["mochi"]["depth"]:
-        options.layers = MUSICINFUSER_LAYERS
     if options.layers is None:
-        raise InputError(f"{path} does not say after which layers its ZICA goes; name them")
+        if len(dit.blocks) != MODELS["mochi"]["depth"]:
+            raise InputError(f"{path} does not say after which layers its ZICA goes; name them")
+        options.layers = MUSICINFUSER_LAYERS
     check_options(options, path)
     return options
 
@@ -1301,13 +1301,10 @@ def load_encoder(path, device="cpu", dtype=torch.float32):
     convolutions = [shapes[f"{name}.layers.0.weight"] for name in downs]
     attention = [any(f"{name}.attn_block.norm.weight" in shapes for name in b) for b in blocks]
     with torch.device("meta"), sizes_fit(path):
-        encoder = Encoder(
-            channels=(shapes["layers.0.weight"][0], *(shape[0] for shape in convolutions)),
-            blocks=[len(names) for names in blocks],
-            strides=[shape[2:] for shape in convolutions],
-            attention=attention,
-            latent=shapes["output_proj.weight"][0] // 2,
-        )
+        channels = [shapes["layers.0.weight"][0]] + [shape[0] for shape in convolutions]
+        strides = [shape[2:] for shape in convolutions]
+        latent = shapes["output_proj.weight"][0] // 2
+        encoder = Encoder(channels, [len(names) for names in blocks], strides, attention, latent)
     return fill(encoder, path, device, dtype)
 
 
@@ -1322,12 +1319,9 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
     residuals = [len(children(shapes, f"{name}.blocks")) for name in ups]
     last = children(shapes, f"blocks.{len(ups) + 1}")
     with torch.device("meta"), sizes_fit(path):
-        decoder = Decoder(
-            channels=channels,
-            blocks=[len(children(shapes, first)) - 1, *residuals, len(last)],
-            expand=[(out // (4 * to), 2, 2) for (out, _), to in zip(unfolds, channels[1:])],
-            latent=shapes["blocks.0.0.weight"][1],
-        )
+        blocks = [len(children(shapes, first)) - 1, *residuals, len(last)]
+        expand = [(out // (4 * to), 2, 2) for (out, _), to in zip(unfolds, channels[1:])]
+        decoder = Decoder(channels, blocks, expand, shapes["blocks.0.0.weight"][1])
     return fill(decoder, path, device, dtype)
 
 
@@ -1410,7 +1404,7 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.last, self.ahead = 0, {}  # the block used last; {the one fetched ahead: its weights}
         for block in self.blocks if self.stream else ():
-            put_weights(block, pinned(self.converted(block)))
+            put_weights(block, pinned(converted(block, dtype)))
         dit.layer = self
 
     def __call__(self, i, *inputs):
@@ -1424,7 +1418,7 @@ class Offload:
 
     def fetch(self, i):
         if self.stream is None:
-            return self.converted(self.blocks[i])
+            return converted(self.blocks[i], self.dtype)
         compute = torch.cuda.current_stream(self.device)
         compute.synchronize()  # the block before this one is done with
         weights = self.ahead.pop(i, None)
@@ -1448,13 +1442,14 @@ class Offload:
         weights = frozen_weights(self.blocks[i])
         return {name: w.to(self.device, non_blocking=True) for name, w in weights.items()}
 
-    def converted(self, block):
-        weights = frozen_weights(block)
-        return {name: w.to(dtype_in(block, name, self.dtype)) for name, w in weights.items()}
-
 
 def frozen_weights(block):
     return {name: p.detach() for name, p in block.named_parameters() if "lora_" not in name}
+
+
+def converted(block, dtype, device=None):
+    weights = frozen_weights(block)
+    return {name: w.to(device, dtype_in(block, name, dtype)) for name, w in weights.items()}
 
 
 def pinned(weights):
@@ -1508,7 +1503,7 @@ def join_processes(options):
     if "LOCAL_RANK" not in os.environ:
         raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
     backend = "gloo"
-    if options.device == "cuda":
+    if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
     # Some wait long: the first makes a cache for all
@@ -1583,8 +1578,7 @@ def shard_blocks(dit, device, dtype):
 
     trained = set(adapter_parameters(dit).values())
     for block in dit.blocks:
-        for name, weight in frozen_weights(block).items():
-            put_weights(block, {name: weight.to(device, dtype_in(block, name, dtype))})
+        put_weights(block, converted(block, dtype, device))
         fully_shard(block, reshard_after_forward=True, ignored_params=trained)
 
 
@@ -2012,10 +2006,8 @@ def print_options(options):
 def default_weights():
     """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
     here = os.path.dirname(os.path.abspath(__file__))
-    folder = os.path.join(here, "weights")
-    if not os.path.exists(os.path.join(folder, "dit.safetensors")):
-        folder = os.path.join(here, "tiny")
-    return os.path.relpath(folder)
+    full = os.path.exists(os.path.join(here, "weights", "dit.safetensors"))
+    return os.path.relpath(os.path.join(here, "weights" if full else "tiny"))
 
 
 def choose_device(device=None, dtype=None):
