@@ -15,6 +15,7 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
+import atexit
 import datetime
 import difflib
 import hashlib
@@ -1508,6 +1509,8 @@ def join_processes(options):
         torch.cuda.set_device(options.device)
     # Some wait long: the first makes a cache for all
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    if backend == "gloo":  # its threads abort an interpreter that ends before them
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), count
