@@ -11,9 +11,13 @@ on by the same command, and several processes may share a run folder, each with 
 import itertools
 import os
 import re
+import signal
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import NamedTuple
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

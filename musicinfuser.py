@@ -15,6 +15,7 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
+import atexit
 import datetime
 import difflib
 import hashlib
@@ -31,7 +32,6 @@ import tempfile
 import threading
 import time
 import warnings
-import wave
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
@@ -571,9 +571,8 @@ def pack_text(y_feat, y_mask):
     """
     longest = int(y_mask.sum(1).max())
     order = y_mask.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-    return y_feat.gather(1, order[..., None].expand(-1, -1, y_feat.shape[-1])), y_mask.gather(
-        1, order
-    )
+    y_feat = y_feat.gather(1, order[..., None].expand(-1, -1, y_feat.shape[-1]))
+    return y_feat, y_mask.gather(1, order)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -716,16 +715,16 @@ class SamplingOptions(Guidance, VideoOptions):
     """All that sampling takes but for the models, the noise, the text and the music."""
 
 
+@torch.no_grad()  # as a decorator, so that it ends with each video
 def noise_to_video(dit, decoder, noise, text, null, audio, options, progress=iter):
     """Yield the videos (3, T, H, W), about [-1, 1], of noise (B, 12, ...) by SamplingOptions."""
     how = {f.name: getattr(options, f.name) for f in fields(Guidance)}
     how |= {"sigmas": linear_quadratic_schedule(options.steps), "solver": options.solver}
-    with torch.inference_mode():
-        z = sample(dit, noise, text, null, audio, progress=progress, **how)
-        if not z.isfinite().all():
-            raise InputError("the latents are not finite; lower the scales, or try --dtype float32")
-        for latents in to_vae_space(z, dit.config.mean, dit.config.std).split(1):
-            yield decoder(latents)[0]
+    z = sample(dit, noise, text, null, audio, progress=progress, **how)
+    if not z.isfinite().all():
+        raise InputError("the latents are not finite; lower the scales, or try --dtype float32")
+    for latents in to_vae_space(z, dit.config.mean, dit.config.std).split(1):
+        yield decoder(latents)[0]
 
 
 def noise_for(seed, config, frames, size):
@@ -841,14 +840,10 @@ class AttentionBlock(nn.Module):
 class ResBlock(nn.Module):
     def __init__(self, channels, attention=False):
         super().__init__()
-        self.stack = nn.Sequential(
-            GroupNorm(channels),
-            nn.SiLU(),
-            CausalConv3d(channels, channels, 3),
-            GroupNorm(channels),
-            nn.SiLU(),
-            CausalConv3d(channels, channels, 3),
-        )
+        layers = []
+        for _ in range(2):
+            layers += [GroupNorm(channels), nn.SiLU(), CausalConv3d(channels, channels, 3)]
+        self.stack = nn.Sequential(*layers)
         if attention:
             self.attn_block = AttentionBlock(channels)  # a step of its own, see Encoder.steps
 
@@ -913,7 +908,11 @@ class Encoder(nn.Module):
                     yield layer.attn_block
 
     def embed(self, video, past):
-        x = pointwise(self.layers[0], fourier_features(video))
+        """The pixels, their sines and their cosines, (B, 15, T, H, W), through a Linear."""
+        video = video.float()  # angles reach 800
+        frequencies = 2 * math.pi * torch.tensor([2.0**6, 2.0**7], device=video.device)
+        angles = (video[:, :, None] * frequencies[:, None, None, None]).flatten(1, 2)
+        x = pointwise(self.layers[0], torch.cat([video, angles.sin(), angles.cos()], 1))
         return x.contiguous(memory_format=torch.channels_last_3d)
 
     def project(self, x, past):
@@ -936,14 +935,6 @@ def in_pieces(layers, x, chunk):
     return torch.cat(outputs, 2)
 
 
-def fourier_features(video):
-    """(B, 3, T, H, W) -> (B, 15, T, H, W): the pixels, their sines, their cosines."""
-    frequencies = 2 * math.pi * torch.tensor([2.0**6, 2.0**7], device=video.device)
-    angles = video.float()[:, :, None] * frequencies[:, None, None, None]  # (B, 3, 2, T, H, W)
-    angles = angles.flatten(1, 2)  # they reach 800: float32 only
-    return torch.cat([video.float(), angles.sin(), angles.cos()], 1)
-
-
 class UpBlock(nn.Module):
     """Residual blocks, then every position unfolds into (st, sh, sw) ones (depth to space-time)."""
 
@@ -956,18 +947,13 @@ class UpBlock(nn.Module):
     def forward(self, x, past):
         for block in self.blocks:
             x = block(x, past)
-        x = self.unfold(pointwise(self.proj, x))
-        if self in past:
-            return x
-        past[self] = True
-        return x[:, :, self.expand[0] - 1 :]  # the first latent frame stands for one frame
-
-    def unfold(self, x):  # (B, C st sh sw, T, H, W) -> (B, C, T st, H sh, W sw)
-        b, _, t, h, w = x.shape
-        st, sh, sw = self.expand
-        x = x.movedim(1, -1).unflatten(-1, (-1, st, sh, sw))  # (B, T, H, W, C, st, sh, sw)
+        x = pointwise(self.proj, x).movedim(1, -1).unflatten(-1, (-1, *self.expand))
         x = x.permute(0, 1, 5, 2, 6, 3, 7, 4)  # (B, T, st, H, sh, W, sw, C)
-        return x.reshape(b, t * st, h * sh, w * sw, -1).movedim(-1, 1)
+        x = x.flatten(5, 6).flatten(3, 4).flatten(1, 2).movedim(-1, 1)
+        if self not in past:  # the first latent frame stands for one frame
+            x = x[:, :, self.expand[0] - 1 :]
+        past[self] = True
+        return x
 
 
 class Decoder(nn.Module):
@@ -1026,16 +1012,13 @@ def written_whole(path, exclusive=False):
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     ending = os.path.splitext(name)[1][:20]
-    temporary = os.path.join(
-        folder, f".tmp{os.getpid()}-{digest(os.fsencode(name).hex())[:12]}{ending}"
-    )
+    temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending}")
     try:
         os.makedirs(folder, exist_ok=True)
         yield temporary
         if exclusive:
-            os.link(temporary, path)
-        else:
-            os.replace(temporary, path)
+            open(path, "x").close()  # claims the name, or fails; not every disk has hard links
+        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -1088,20 +1071,18 @@ def read_safetensors(path, readonly=False):
     less; this one takes memory where it is written to. readonly: no limit counts it at all, and
     writing to it ends the process. Raises InputError.
     """
-    header, metadata = read_header(path)
+    header, metadata, begin = read_header(path)
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise InputError(f"{path} has {name} as {entry['dtype']}, which is not supported here")
     with open(path, "rb") as file:
-        begin = 8 + int.from_bytes(file.read(8), "little")
         small = os.path.getsize(path) < SMALL_FILE
-        file.seek(0)
         data = bytearray(file.read()) if small else mapped(file, readonly)
     return {name: view_of(data, begin, **entry) for name, entry in header.items()}, metadata
 
 
 def read_header(path):
-    """({name: {dtype, shape, data_offsets}}, metadata), as the library checks them."""
+    """({name: {dtype, shape, data_offsets}}, metadata, where the data begins); InputError."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
@@ -1111,11 +1092,9 @@ def read_header(path):
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size), object_pairs_hook=without_twins)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"{path} is not a whole safetensors file ({reason}); fetch or make it again"
-        ) from error
-    return header, header.pop("__metadata__", None) or {}
+        reason = f"{' '.join(str(error).split())[:200]}; fetch or make it again"
+        raise InputError(f"{path} is not a whole safetensors file: {reason}") from error
+    return header, header.pop("__metadata__", None) or {}, 8 + size
 
 
 def without_twins(pairs):
@@ -1155,17 +1134,15 @@ def read_metadata(path, metadata, key):
 
 def check_names(path, found, wanted):
     """One line for a missing, unknown or misshapen tensor; found, wanted: {name: shape}."""
-    for what, names in (
-        ("lacks", wanted.keys() - found),
-        ("has the unknown", found.keys() - wanted),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise InputError(f"{path} {what} {min(names)}{more}")
-    for name, shape in wanted.items():
-        if tuple(found[name]) != tuple(shape):
-            fits = f"{list(shape)} fits"
-            raise InputError(f"{path} has {name} of shape {list(found[name])}, where {fits}")
+    faults = [f"lacks {name}" for name in sorted(wanted.keys() - found)]
+    faults += [f"has the unknown {name}" for name in sorted(found.keys() - wanted)]
+    for name in sorted(wanted.keys() & found):
+        shape, fits = list(found[name]), list(wanted[name])
+        if shape != fits:
+            faults.append(f"has {name} of shape {shape}, where {fits} fits")
+    if faults:
+        more = f", and {len(faults) - 1} more faults" if len(faults) > 1 else ""
+        raise InputError(f"{path} {faults[0]}{more}")
 
 
 def digest(value):
@@ -1202,44 +1179,34 @@ def load_dit(path, device="cpu", dtype=torch.float32, offload=False, shard=False
     only. offload: see Offload. shard: the blocks stay in their file until shard_blocks. Raises
     InputError for a file that is missing, damaged or another's.
     """
-    needed = (
-        "pos_frequencies",
-        "x_embedder.proj.weight",
-        "t5_yproj.weight",
-        "blocks.0.mlp_x.w2.weight",
-    )
-    shapes, metadata = shapes_of(path, "a Mochi transformer", *needed)
+    needed = "pos_frequencies", "x_embedder.proj.weight", "t5_yproj.weight"
+    mlp_x, mlp_y = "blocks.0.mlp_x.w2.weight", "blocks.0.mlp_y.w2.weight"
+    shapes, metadata = shapes_of(path, "a Mochi transformer", *needed, mlp_x)
     with torch.device("meta"), sizes_fit(path):
-        text_width, t5_width = shapes["t5_yproj.weight"]
+        depth = len(children(shapes, "blocks"))
+        _, heads, _ = shapes["pos_frequencies"]
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
-        mlp_y = shapes.get("blocks.0.mlp_y.w2.weight", (0, None))  # absent from a single block
-        dit = DiT(
-            depth=len(children(shapes, "blocks")),
-            width=width,
-            text_width=text_width,
-            heads=shapes["pos_frequencies"][1],
-            t5_width=t5_width,
-            hidden=(shapes["blocks.0.mlp_x.w2.weight"][1], mlp_y[1]),
-            channels=channels,
-            patch=patch,
-        )
-    dit.config = read_config(path, metadata, channels)
-    mapped = "blocks." if offload or shard else None
-    fill(dit, path, list(dit.state_dict()), device, dtype, mapped)
+        text_width, t5_width = shapes["t5_yproj.weight"]
+        hidden = shapes[mlp_x][1], shapes.get(mlp_y, (0, None))[1]  # a single block has no mlp_y
+        dit = DiT(depth, width, text_width, heads, t5_width, hidden, channels, patch)
+        dit.config = read_config(path, metadata, channels)
+    fill(dit, path, device, dtype, mapped="blocks." if offload or shard else None)
     if offload:
         Offload(dit, torch.device(device), dtype)
     return dit
 
 
 def read_config(path, metadata, channels):
+    """The ModelConfig of a file; what this code does not know is left out."""
     stored = read_metadata(path, metadata, "config")
-    known = {f.name for f in fields(ModelConfig)}
-    config = ModelConfig(**{name: value for name, value in stored.items() if name in known})
-    numbers = [config.fps, *config.mean, *config.std]
-    if not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
-        raise InputError(f"the metadata of {path} is damaged: {numbers} are not all numbers")
+    names = [f.name for f in fields(ModelConfig) if f.name in stored]
+    config = ModelConfig(**{name: stored[name] for name in names})
+    if not all(math.isfinite(n) for n in (config.fps, *config.mean, *config.std)):
+        raise ValueError("fps, mean and std are not all numbers")
     if len(config.mean) != channels or len(config.std) != channels or config.fps <= 0:
-        raise InputError(f"the metadata of {path} does not fit its {channels} channels")
+        raise ValueError(f"fps, mean and std do not fit {channels} channels")
+    if not isinstance(config.sampling, dict) or not isinstance(config.training, dict):
+        raise ValueError("sampling or training are no options")
     return config
 
 
@@ -1256,14 +1223,11 @@ def shrunk(tensors, dtype=torch.bfloat16):
     return {name: t if name in small else t.to(dtype) for name, t in tensors.items()}
 
 
-def save_adapter(dit, path, dtype=None):
-    """The adapter in the authors' names, as `dtype` if given; dit.adapter in the metadata.
+def save_adapter(dit, path):
+    """The adapter in the authors' names; dit.adapter in the metadata.
 
     The authors' own metadata, `kwargs`, has no more than LoRA's ranks and alphas.
     """
-    tensors = adapter_parameters(dit)
-    if dtype is not None:
-        tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
     kwargs = {}
     for kind, names in LORA_TARGETS.items():
         linear = dit.blocks[0].get_submodule(names[0])
@@ -1272,7 +1236,7 @@ def save_adapter(dit, path, dtype=None):
         kwargs[f"{kind}_lora_alpha"] = linear.alpha if rank else 0
         kwargs[f"{kind}_lora_dropout"] = 0.0
     metadata = {"kwargs": json.dumps(kwargs), "musicinfuser": json.dumps(asdict(dit.adapter))}
-    save_safetensors(path, tensors, metadata)
+    save_safetensors(path, adapter_parameters(dit), metadata)
 
 
 def load_adapter(dit, path, layers=None, lora_scale=1.0):
@@ -1287,17 +1251,17 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
     options = read_adapter_options(dit, path, metadata, layers)
     kwargs = read_metadata(path, metadata, "kwargs")
     count = len(children(shapes, "audio_cross_attn_blocks"))
-    if count != len(options.layers):
-        raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
     with torch.device("meta"), sizes_fit(path):
+        if count != len(options.layers):
+            raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
         attach_music(dit, options, shapes[first][1])
         for kind in LORA_TARGETS:
             rank = lora_rank(shapes, kind)
             alpha = kwargs.get(f"{kind}_lora_alpha", rank)
             attach_lora(dit, kind, rank, lora_scale * alpha)
-            dit.adapter = replace(dit.adapter, rank=rank, alpha=alpha)
+            dit.adapter.rank, dit.adapter.alpha = rank, alpha
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
-    fill(dit, path, list(adapter_parameters(dit)), device, dtype)
+    fill(dit, path, device, dtype, adapter_parameters(dit))
     for name, p in adapter_parameters(dit).items():
         if not p.is_meta and not p.isfinite().all():
             raise InputError(f"{path} has values in {name} that are not numbers; train it again")
@@ -1312,10 +1276,10 @@ def read_adapter_options(dit, path, metadata, layers):
         raise InputError(f"{path} has the option {min(unknown)}, which this code does not know")
     options = AdapterOptions(**stored)
     options.layers = layers or options.layers
-    if options.layers is None and len(dit.blocks) == MODELS["mochi"]["depth"]:
-        options.layers = MUSICINFUSER_LAYERS
     if options.layers is None:
-        raise InputError(f"{path} does not say after which layers its ZICA goes; name them")
+        if len(dit.blocks) != MODELS["mochi"]["depth"]:
+            raise InputError(f"{path} does not say after which layers its ZICA goes; name them")
+        options.layers = MUSICINFUSER_LAYERS
     check_options(options, path)
     return options
 
@@ -1338,14 +1302,11 @@ def load_encoder(path, device="cpu", dtype=torch.float32):
     convolutions = [shapes[f"{name}.layers.0.weight"] for name in downs]
     attention = [any(f"{name}.attn_block.norm.weight" in shapes for name in b) for b in blocks]
     with torch.device("meta"), sizes_fit(path):
-        encoder = Encoder(
-            channels=(shapes["layers.0.weight"][0], *(shape[0] for shape in convolutions)),
-            blocks=[len(names) for names in blocks],
-            strides=[shape[2:] for shape in convolutions],
-            attention=attention,
-            latent=shapes["output_proj.weight"][0] // 2,
-        )
-    return fill(encoder, path, list(encoder.state_dict()), device, dtype)
+        channels = [shapes["layers.0.weight"][0]] + [shape[0] for shape in convolutions]
+        strides = [shape[2:] for shape in convolutions]
+        latent = shapes["output_proj.weight"][0] // 2
+        encoder = Encoder(channels, [len(names) for names in blocks], strides, attention, latent)
+    return fill(encoder, path, device, dtype)
 
 
 def load_decoder(path, device="cpu", dtype=torch.float32):
@@ -1359,13 +1320,10 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
     residuals = [len(children(shapes, f"{name}.blocks")) for name in ups]
     last = children(shapes, f"blocks.{len(ups) + 1}")
     with torch.device("meta"), sizes_fit(path):
-        decoder = Decoder(
-            channels=channels,
-            blocks=[len(children(shapes, first)) - 1, *residuals, len(last)],
-            expand=[(out // (4 * to), 2, 2) for (out, _), to in zip(unfolds, channels[1:])],
-            latent=shapes["blocks.0.0.weight"][1],
-        )
-    return fill(decoder, path, list(decoder.state_dict()), device, dtype)
+        blocks = [len(children(shapes, first)) - 1, *residuals, len(last)]
+        expand = [(out // (4 * to), 2, 2) for (out, _), to in zip(unfolds, channels[1:])]
+        decoder = Decoder(channels, blocks, expand, shapes["blocks.0.0.weight"][1])
+    return fill(decoder, path, device, dtype)
 
 
 def children(shapes, prefix):
@@ -1375,9 +1333,9 @@ def children(shapes, prefix):
     return [f"{prefix}.{i}" for i in sorted(numbers)]
 
 
-def shapes_of(path, kind, *needed):
+def shapes_of(path, kind="", *needed):
     """({name: shape}, metadata) of a file; without the needed tensors it is not of that kind."""
-    header, metadata = read_header(path)
+    header, metadata, _ = read_header(path)
     for name in needed:
         if name not in header:
             raise InputError(f"{path} is not {kind}: it lacks {name}")
@@ -1386,39 +1344,47 @@ def shapes_of(path, kind, *needed):
 
 @contextmanager
 def sizes_fit(path):
-    """Sizes that no model can have make its constructor fail."""
+    """What no model can have makes its constructor fail."""
     try:
         yield
     except InputError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError) as error:
-        raise InputError(f"{path} has sizes that no such model has ({error})") from error
+        raise InputError(f"{path} has what no such model has ({error})") from error
 
 
-def fill(module, path, names, device, dtype, mapped=None):
-    """Read those parameters from a file into a module on the meta device, one by one, frozen.
+def fill(module, path, device, dtype, names=None, mapped=None):
+    """Read a module's parameters, on the meta device, from a file that has no others; frozen.
 
-    The matrices become `dtype`; norms and rope frequencies are float32. What needs no conversion,
-    and all whose name begins with `mapped`, stays in the file. device="meta" checks the shapes.
+    dtype: see dtype_in. names: of the parameters; all. What needs no conversion, and all whose name
+    begins with `mapped`, stays in the file. device="meta" only checks the shapes.
     """
-    wanted = {name: module.get_parameter(name).shape for name in names}
-    header, _ = read_header(path)
-    check_names(path, {name: entry["shape"] for name, entry in header.items()}, wanted)
+    names = [name for name, _ in module.named_parameters()] if names is None else names
+    check_names(path, shapes_of(path)[0], {n: module.get_parameter(n).shape for n in names})
+    module.requires_grad_(False)
     if torch.device(device).type == "meta":
-        return module.requires_grad_(False)
+        return module
     tensors, _ = read_safetensors(path, readonly=bool(mapped))
     for name in names:
         tensor = tensors[name]
+        if not (mapped and name.startswith(mapped)):
+            tensor = tensor.to(device, dtype_in(module, name, dtype))
+        put_weights(module, {name: tensor})
+    return module
+
+
+def dtype_in(module, name, dtype):
+    """Of a parameter of that name: matrices are `dtype`, norms and rope frequencies float32."""
+    owner = module.get_submodule(name.rpartition(".")[0])
+    return dtype if isinstance(owner, (nn.Linear, nn.Conv2d, nn.Conv3d)) else torch.float32
+
+
+def put_weights(module, weights):
+    """Frozen parameters in place of those of these names."""
+    for name, weight in weights.items():
         owner, _, leaf = name.rpartition(".")
         owner = module.get_submodule(owner)
-        if not (mapped and name.startswith(mapped)):
-            tensor = tensor.to(device, dtype if is_matrix(owner) else torch.float32)
-        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
-    return module.requires_grad_(False)
-
-
-def is_matrix(module):
-    return isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d))
+        setattr(owner, leaf, nn.Parameter(weight, requires_grad=False))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1439,7 +1405,7 @@ class Offload:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.last, self.ahead = 0, {}  # the block used last; {the one fetched ahead: its weights}
         for block in self.blocks if self.stream else ():
-            put_weights(block, pinned(self.converted(block)))
+            put_weights(block, pinned(converted(block, dtype)))
         dit.layer = self
 
     def __call__(self, i, *inputs):
@@ -1453,7 +1419,7 @@ class Offload:
 
     def fetch(self, i):
         if self.stream is None:
-            return self.converted(self.blocks[i])
+            return converted(self.blocks[i], self.dtype)
         compute = torch.cuda.current_stream(self.device)
         compute.synchronize()  # the block before this one is done with
         weights = self.ahead.pop(i, None)
@@ -1477,23 +1443,14 @@ class Offload:
         weights = frozen_weights(self.blocks[i])
         return {name: w.to(self.device, non_blocking=True) for name, w in weights.items()}
 
-    def converted(self, block):
-        weights = frozen_weights(block)
-        norms = {name for name in weights if "norm" in name}
-        return {
-            name: w.to(torch.float32 if name in norms else self.dtype)
-            for name, w in weights.items()
-        }
-
 
 def frozen_weights(block):
     return {name: p.detach() for name, p in block.named_parameters() if "lora_" not in name}
 
 
-def put_weights(block, weights):
-    for name, weight in weights.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(block.get_submodule(owner), leaf, nn.Parameter(weight, requires_grad=False))
+def converted(block, dtype, device=None):
+    weights = frozen_weights(block)
+    return {name: w.to(device, dtype_in(block, name, dtype)) for name, w in weights.items()}
 
 
 def pinned(weights):
@@ -1527,9 +1484,7 @@ def checkpoint_layers(dit):
 def compile_blocks(dit):
     """Compile each block when it is first used. Raises InputError where a compiler is missing."""
     if dit.pos_frequencies.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError(
-            "compiling for a CPU takes g++, which is not installed; leave out --compile"
-        )
+        raise InputError("compiling for a CPU takes g++, which is missing; leave out --compile")
     # With text or without, padded or not, with gradients or without, the last block: 16 variants
     torch._dynamo.config.recompile_limit = max(32, torch._dynamo.config.recompile_limit)
     for block in dit.blocks:
@@ -1549,14 +1504,21 @@ def join_processes(options):
     if "LOCAL_RANK" not in os.environ:
         raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
     backend = "gloo"
-    if options.device == "cuda":
+    if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
     # Some wait long: the first makes a cache for all
     dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+    atexit.register(leave_processes)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), count
+
+
+def leave_processes():
+    """Gloo's threads abort an interpreter that ends before them."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
 
 
 class TokenParallel:
@@ -1624,9 +1586,7 @@ def shard_blocks(dit, device, dtype):
 
     trained = set(adapter_parameters(dit).values())
     for block in dit.blocks:
-        for name, weight in frozen_weights(block).items():
-            kept = torch.float32 if "norm" in name else dtype
-            put_weights(block, {name: weight.to(device, kept)})
+        put_weights(block, converted(block, dtype, device))
         fully_shard(block, reshard_after_forward=True, ignored_params=trained)
 
 
@@ -1746,15 +1706,19 @@ def ffmpeg_command(path, *arguments):
     return [ffmpeg, "-v", "error", "-nostdin", *source, *map(str, arguments)]
 
 
-def ffmpeg(path, *arguments):
-    """What ffmpeg writes to its standard output. Raises InputError with its first complaint."""
+def ffmpeg(path, *arguments, purpose="be converted"):
+    """What ffmpeg writes to its standard output. InputError: the path cannot `purpose`."""
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     run = subprocess.run(ffmpeg_command(path, *arguments), capture_output=True)
     if run.returncode:
-        lines = run.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"]
-        raise InputError(lines[0])
+        raise InputError(f"{path} cannot {purpose} ({first_complaint(run.stderr)})")
     return run.stdout
+
+
+def first_complaint(stderr):
+    lines = stderr.decode(errors="replace").strip().splitlines()
+    return lines[0] if lines else "ffmpeg failed"
 
 
 def decode_audio(path, start=0.0, seconds=None):
@@ -1762,12 +1726,11 @@ def decode_audio(path, start=0.0, seconds=None):
     cut = ["-ss", f"{start:.6f}"] + ([] if seconds is None else ["-t", f"{seconds:.6f}"])
     how = "-map 0:a:0 -map_metadata -1 -c:a pcm_f32le -f wav -".split()
     try:
-        wav = ffmpeg(path, *cut, *how)
+        wav = ffmpeg(path, *cut, *how, purpose="be read as audio")
     except InputError as error:
-        if "no such file" in str(error):
+        if "matches no streams" not in str(error):
             raise
-        what = "has no sound" if "matches no streams" in str(error) else "cannot be read as audio"
-        raise InputError(f"{path} {what} ({error})") from error
+        raise InputError(f"{path} has no sound") from error
     channels, rate = int.from_bytes(wav[22:24], "little"), int.from_bytes(wav[24:28], "little")
     samples = np.frombuffer(wav, "<f4", offset=wav.index(b"data") + 8)  # after the stream's header
     sound = torch.from_numpy(samples.reshape(-1, channels).T.copy())
@@ -1810,10 +1773,8 @@ def music_window(path, frames, fps=30, start=0.0, speed=1.0):
 
 def count_frames(path, fps=30):
     """How many frames a video has at `fps`, without decoding it. Raises InputError."""
-    try:
-        packets = ffmpeg(path, *"-map 0:v:0 -c copy -f framecrc -".split()).decode()
-    except InputError as error:
-        raise InputError(f"{path} cannot be read as video ({error})") from error
+    how = "-map 0:v:0 -c copy -f framecrc -".split()
+    packets = ffmpeg(path, *how, purpose="be read as video").decode()
     unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds
     times = re.findall(r"^0,\s*\S+\s+(-?\d+),\s*(\d+)", packets, re.M)  # shown at, for how long
     ends = [int(start) + int(length) for start, length in times]
@@ -1839,8 +1800,7 @@ def read_frames(path, height, width, fps=30, crop=None):
                 yield np.frombuffer(frame, np.uint8).reshape(height, width, 3).copy()
         if run.returncode:
             errors.seek(0)
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-            reason = lines[-1] if lines else "ffmpeg failed"
+            reason = first_complaint(errors.read())
             raise InputError(f"{path} cannot be read as video ({reason})")
 
 
@@ -1865,9 +1825,10 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
-            wav = os.path.join(folder, "song.wav")
-            write_song(wav, song, start, count / fps, speed)
-            join = ["-i", wav, "-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
+            raw = os.path.join(folder, "song.raw")
+            stereo_samples(song, start, count / fps, speed).tofile(raw)
+            join = ["-f", "s16le", "-ar", STEREO_RATE, "-ac", 2, "-i", raw]
+            join += ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
             ffmpeg(silent, *join, "-f", "mp4", "-y", temporary)
 
 
@@ -1887,18 +1848,13 @@ def write_frames(path, pieces, fps):
     return count
 
 
-def write_song(path, song, start, seconds, speed):
-    """A 16-bit stereo wav of exactly that length."""
+def stereo_samples(song, start, seconds, speed):
+    """(samples, 2) int16, of exactly that length."""
     sound, rate = decode_audio(song, start, seconds * speed)
     sound = played(sound[:2].expand(2, -1), rate, speed, STEREO_RATE)
     length = round(seconds * STEREO_RATE)
-    sound = F.pad(sound, (0, max(length - sound.shape[1], 0)))[:, :length]
-    samples = (sound.clamp(-1, 1) * 32767).round().short().T.contiguous()
-    with wave.open(path, "wb") as file:
-        file.setnchannels(2)
-        file.setsampwidth(2)
-        file.setframerate(STEREO_RATE)
-        file.writeframes(samples.numpy().tobytes())
+    sound = F.pad(sound, (0, length - sound.shape[1]))  # a negative number cuts
+    return (sound.clamp(-1, 1) * 32767).round().short().T.numpy()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1906,6 +1862,7 @@ def write_song(path, song, start, seconds, speed):
 # ----------------------------------------------------------------------------------------------
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OFF = (None, False, (), "")  # values that say nothing
 
 
 @dataclass
@@ -1916,9 +1873,7 @@ class RunOptions:
     device: str = option(None, "default: cuda if there is one, else cpu", line="device")
     dtype: str = option(None, "default: bfloat16 on a GPU", choices=tuple(DTYPES), line="device")
     offload: bool = option(False, "keep the blocks in host memory, or in their file", line="device")
-    compile: bool = option(
-        False, "compile the blocks: minutes at first, then faster", line="device"
-    )
+    compile: bool = option(False, "compile the blocks: slow at first, then faster", line="device")
 
 
 def begin(cls, kind, given):
@@ -1936,67 +1891,56 @@ def begin(cls, kind, given):
 
 def settle(cls, preferred, given):
     """Options: the class's defaults, over these what the weights prefer, then what was given."""
-    check_known(cls, given)
     defaults = {f.name: f.default for f in fields(cls)}
     chosen = {name: value for name, value in preferred.items() if name in defaults}
     for name, value in given.items():
+        if name not in defaults:
+            close = difflib.get_close_matches(name, defaults, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise InputError(f"there is no option {name}{hint}")
         if value is not None or defaults[name] is None:  # None is a value only where it is one
-            chosen[name] = value
+            chosen[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     for name, value in chosen.items():
-        if isinstance(value, list):
-            chosen[name] = tuple(value)
-        elif isinstance(value, os.PathLike):
-            chosen[name] = os.fspath(value)
+        chosen[name] = tuple(value) if isinstance(value, list) else value
     options = cls(**chosen)
     check_options(options)
     return options
 
 
-def check_known(cls, given):
-    names = [f.name for f in fields(cls)]
-    for name in given:
-        if name not in names:
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise InputError(f"there is no option {name}{hint}")
-
-
 def check_options(options, where=""):
     """Raises InputError for a value that its field's type or limits rule out."""
     for f in fields(options):
-        value = getattr(options, f.name)
+        value, limits = getattr(options, f.name), f.metadata
         name = f"{where} {f.name}" if where else flag_of(f)
         if value is None and f.default is None:
             continue
-        check_option(name, value, f.type, f.metadata)
+        if f.type in (int, float):
+            check_number(name, value, f.type, limits)
+        elif "choices" in limits and value not in limits["choices"]:
+            raise InputError(f"{name} must be one of {', '.join(limits['choices'])}, not {value}")
     if isinstance(options, VideoOptions):
         check_sizes(options.frames, options.size)
 
 
-def check_option(name, value, kind, limits):
-    if kind in (int, float):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or (kind is int and value != int(value)):
-            raise InputError(f"{name} must be a number, not {value}")
-        if "low" in limits and value < limits["low"]:
-            raise InputError(f"{name} must be {limits['low']} or more, not {value}")
-        if "above" in limits and value <= limits["above"]:
-            raise InputError(f"{name} must be more than {limits['above']}, not {value}")
-        if value > limits.get("high", 2**63 - 1):
-            raise InputError(
-                f"{name} must be {limits.get('high', '2^63 - 1')} or less, not {value}"
-            )
-    elif "choices" in limits and value not in limits["choices"]:
-        raise InputError(f"{name} must be one of {', '.join(limits['choices'])}, not {value}")
+def check_number(name, value, kind, limits):
+    if not isinstance(value, (kind, int)) or isinstance(value, bool) or not math.isfinite(value):
+        whole = "whole " if kind is int else ""
+        raise InputError(f"{name} must be a {whole}number, not {value}")
+    low, high = limits.get("low", -math.inf), limits.get("high", 2**63 - 1)
+    if value < low:
+        raise InputError(f"{name} must be {low} or more, not {value}")
+    if value > high:
+        raise InputError(f"{name} must be {high} or less, not {value}")
+    if "above" in limits and value <= limits["above"]:
+        raise InputError(f"{name} must be more than {limits['above']}, not {value}")
 
 
 def check_sizes(frames, size):
     if frames < 1 or frames % 6 != 1:
         low = max((frames - 1) // 6 * 6 + 1, 1)
         raise InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
-    height, width = size
-    if height < 16 or width < 16 or height % 16 or width % 16:
-        raise InputError(f"height and width must be multiples of 16, not {height}x{width}")
+    if len(size) != 2 or any(side < 16 or side % 16 for side in size):
+        raise InputError(f"height and width must be multiples of 16, not {shown('size', size)}")
 
 
 def flag_of(f):
@@ -2007,37 +1951,37 @@ def parser_for(cls, description):
     """An argparse parser with a flag for each field; its result has only what was given."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     for f in fields(cls):
-        add_option(parser, f)
+        text = f.metadata["help"]
+        if f.default not in OFF:
+            text += f" (default {shown(f.name, f.default)})"
+        how = {"default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, nargs="?", **how)
+        else:
+            parser.add_argument(flag_of(f), dest=f.name, **how, **parsing(f))
     return parser
 
 
-def add_option(parser, f):
-    more = {"dest": f.name, "default": argparse.SUPPRESS, "help": help_of(f).replace("%", "%%")}
-    if f.metadata.get("positional"):
-        more.pop("dest")
-        parser.add_argument(f.name, nargs="?", **more)
-    elif f.type is bool:
-        parser.add_argument(flag_of(f), action="store_true", **more)
-    elif f.name == "size":
-        parser.add_argument(flag_of(f), type=height_by_width, metavar="HxW", **more)
-    elif f.type is tuple:
-        parser.add_argument(flag_of(f), type=f.metadata["parse"], nargs="+", **more)
-    elif f.type in (int, float):
-        parse = partial(number_or_none, f.type) if f.default is None else f.type
-        parser.add_argument(flag_of(f), type=parse, metavar=f.type.__name__.upper(), **more)
-    else:
-        parser.add_argument(flag_of(f), choices=f.metadata.get("choices"), **more)
+def parsing(f):
+    """How argparse reads a field's value."""
+    if f.type is bool:
+        return {"action": "store_true"}
+    if f.name == "size":
+        return {"type": height_by_width, "metavar": "HxW"}
+    if f.type is tuple:
+        return {"type": f.metadata["parse"], "nargs": "+"}
+    if f.type in (int, float):
+        return {"type": partial(number, f), "metavar": f.type.__name__.upper()}
+    return {"choices": f.metadata.get("choices")}
 
 
-def help_of(f):
-    text = f.metadata["help"]
-    if f.default in (None, False, (), ""):
-        return text
-    return f"{text} (default {shown(f.name, f.default)})"
-
-
-def number_or_none(kind, text):
-    return None if text.lower() == "none" else kind(text)
+def number(f, text):
+    if f.default is None and text.lower() == "none":
+        return None
+    try:
+        return f.type(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"invalid {f.type.__name__} value: {text}") from error
 
 
 def height_by_width(text):
@@ -2048,13 +1992,11 @@ def height_by_width(text):
 
 
 def shown(name, value):
-    if name == "size":
-        return f"{value[0]}x{value[1]}"
-    if isinstance(value, float):
-        return f"{value:g}"
+    if value is True:
+        return ""
     if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return str(value)
+        return ("x" if name == "size" else " ").join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def print_options(options):
@@ -2062,10 +2004,9 @@ def print_options(options):
     lines = {}
     for f in fields(options):
         value, line = getattr(options, f.name), f.metadata.get("line")
-        if line and value not in (None, False, (), ""):
-            words = shown(f.name, value) if f.name == line else f"{f.name} {shown(f.name, value)}"
-            words = f.name if value is True else words
-            lines.setdefault(line, []).append(words.replace("_", " ") if f.name != line else words)
+        if line and value not in OFF:
+            name = "" if f.name == line else f.name.replace("_", " ")
+            lines.setdefault(line, []).append(f"{name} {shown(f.name, value)}".strip())
     for line, words in lines.items():
         print(f"{line:8} {', '.join(words)}")
 
@@ -2073,10 +2014,8 @@ def print_options(options):
 def default_weights():
     """weights/ where that holds a dit.safetensors, else tiny/, both beside this file."""
     here = os.path.dirname(os.path.abspath(__file__))
-    folder = os.path.join(here, "weights")
-    if not os.path.exists(os.path.join(folder, "dit.safetensors")):
-        folder = os.path.join(here, "tiny")
-    return os.path.relpath(folder)
+    full = os.path.exists(os.path.join(here, "weights", "dit.safetensors"))
+    return os.path.relpath(os.path.join(here, "weights" if full else "tiny"))
 
 
 def choose_device(device=None, dtype=None):
@@ -2136,24 +2075,36 @@ def main(function):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # file names of other alphabets
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
+    for name in ("SIGINT", "SIGTERM", "SIGALRM"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), stop)
+    sys.unraisablehook = swallowed
     try:
         function()
     except InputError as error:
         sys.exit("error: " + " ".join(str(error).split())[:600])
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+        kinds = MemoryError, torch.OutOfMemoryError
+        if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
         sys.exit("error: out of memory; fewer frames, a smaller size or --offload take less")
     except KeyboardInterrupt:
+        ring_in(0)
         sys.exit("stopped")
 
 
 def stop(number, frame):
+    """KeyboardInterrupt, and again in two seconds: the clean-up of some libraries swallows it."""
+    ring_in(2)
     raise KeyboardInterrupt
 
 
-def is_out_of_memory(error):
-    kinds = (MemoryError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+def swallowed(raised):
+    """What a clean-up raised is printed, but for a KeyboardInterrupt, which comes again."""
+    if raised.exc_type is not KeyboardInterrupt:
+        sys.__unraisablehook__(raised)
+
+
+def ring_in(seconds):
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # 0: never

@@ -42,7 +42,7 @@ from eval.tables import markdown, mean_error
 from musicinfuser import option
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-TINY = os.path.join(ROOT, "tiny")
+TINY = os.path.relpath(os.path.join(ROOT, "tiny"))
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
 
 # ----------------------------------------------------------------------------------------------
@@ -82,13 +82,15 @@ class Cell:
         self.options.eval_every = self.options.steps
         self.options.save_every = 50
         self.data = os.path.join(o.data, "aist")
-        self.model = mi.model_digest(os.path.join(o.weights, "dit.safetensors"))[:16]
+        files = "dit.safetensors", os.path.join("audio_encoder", "model.safetensors")
+        self.model = [mi.model_digest(os.path.join(o.weights, name))[:16] for name in files]
 
     def identity(self):
         """What decides its figures; two rows with one identity are the same adapter."""
-        free = "out", "device", "offload", "compile", "save_every"
+        free = "out", "weights", "device", "offload", "compile", "save_every"
         options = {k: v for k, v in asdict(self.options).items() if k not in free}
-        how = {PRIOR: "prior", OMNIDANCE: "growing"}.get(self.row, "trained")
+        special = PRIOR, OMNIDANCE, UNTAUGHT  # these differ in more than options
+        how = self.row if self.row in special else "trained"
         identity = {"how": how, "data": self.data, "model": self.model} | options
         return json.loads(json.dumps(identity))
 

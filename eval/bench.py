@@ -1,10 +1,10 @@
 """Speed and memory, beside diffusers where it is installed:   python -m eval.bench [dit train ...]
 
 Prints tables in markdown, each row as soon as it is measured (on Linux). All weights but those of
-tiny/ are random, of Mochi's sizes. Every row, or few, has a process of its own, so that its peak
-memory is its own: the GPU's where it runs there, else what the process itself takes.
-What is compared by time within a row takes turns (matrices, ours, diffusers, matrices, ...), and
-medians are shown, as machines are noisy; the VAE runs once.
+tiny/ are random, of Mochi's sizes. Nearly every row is measured in a process of its own, so that
+its peak memory is its own: the GPU's where it runs there, else what the process itself takes. What
+is compared by time within a row takes turns (matrices, ours, diffusers, matrices, ...), and medians
+are shown, as machines are noisy; the VAE runs once.
 
 MFU, model FLOPs utilisation: FLOPs of the model's matrices and attention / seconds / the FLOPs a
 second at which the four visual matrices of a block alone pass as many tokens, in the same process.
@@ -35,6 +35,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -125,8 +126,11 @@ class Matrices:
 
 
 def flops(dit, tokens, text, frames=0):
-    """Of a forward pass with so many visual and text tokens: two for a weight and a token that
-    meet, four for a channel of two tokens that do. frames: latent ones of music, 0 for none."""
+    """Of a forward pass with so many visual and text tokens.
+
+    Two for a weight and a token that meet, four for a channel of two tokens that do. frames: latent
+    ones of music, 0 for none.
+    """
     layers = dit.adapter.layers if frames else []
     attention = len(dit.blocks) * (tokens + text) ** 2 + len(layers) * tokens * frames
     matrices = 0
@@ -259,11 +263,12 @@ def random_vae(size, by, what):
 class Way:
     """Whose code runs, and how."""
 
-    by: str = "ours"  # or "ours, no adapter", "diffusers", "diffusers, tiled"
+    by: str = "ours"  # or "ours, with music", "diffusers", "diffusers, tiled"
     dtype: str = "float32"
     device: str = "cpu"
     offload: bool = False
     compile: bool = False
+    processes: int = 1  # that share a video's tokens, or the frozen blocks in training
 
 
 @torch.inference_mode()
@@ -309,36 +314,31 @@ def sample_step(size, depth, frames, **way):
     """A step of sampling with guidance by text."""
     way = Way(**way)
     dit = random_dit(size, depth, way.dtype, way.device, way.offload)
-    if way.by == "ours":
+    if way.by == "ours, with music":
         infused(dit, way.dtype)
+    if way.compile:
+        mi.compile_blocks(dit)
+    if way.processes > 1:
+        mi.TokenParallel(dit)
     inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
     if way.by == "diffusers":
-        theirs = diffusers_dit(dit, way.dtype)
-        blocks, step = theirs.transformer_blocks, diffusers_step(theirs, way.dtype, *inputs)
+        step = diffusers_step(dit, way, *inputs)
     else:
-        blocks, step = dit.blocks, guided_step(dit, *inputs)
-    if way.compile:
-        compile_all(blocks)
-    yield cost(size, dit, inputs[0], (size.text, 0), step, way.device)
+        step = guided_step(dit, *inputs)
+    yield cost(size, dit, inputs[0], (size.text, 0), step, way)
 
 
 def train_step(size, depth, frames, **way):
-    """A step of AdamW on the adapter, with checkpointing."""
+    """A step of AdamW on the adapter, with checkpointing; its exchange of gradients is small."""
     way = Way(**way)
     dit = infused(random_dit(size, depth, way.dtype, way.device, way.offload))
-    inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
+    if way.processes > 1:
+        mi.shard_blocks(dit, way.device, mi.DTYPES[way.dtype])
     if way.compile:
-        compile_all(dit.blocks)
+        mi.compile_blocks(dit)
     mi.checkpoint_layers(dit)
-    step = adamw_step(dit, *inputs)
-    yield cost(size, dit, inputs[0], (size.text, size.text), step, way.device)
-
-
-def compile_all(blocks):
-    """As mi.compile_blocks, for diffusers' too."""
-    torch._dynamo.config.recompile_limit = 32
-    for block in blocks:
-        block.compile(dynamic=True)
+    inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
+    yield cost(size, dit, inputs[0], (size.text, size.text), adamw_step(dit, *inputs), way)
 
 
 def guided_step(dit, x, sigma, y_feat, y_mask, audio, **guidance):
@@ -349,10 +349,16 @@ def guided_step(dit, x, sigma, y_feat, y_mask, audio, **guidance):
     return partial(velocity, x, sigma)
 
 
-def diffusers_step(dit, dtype, x, sigma, y_feat, y_mask, audio):
+def diffusers_step(dit, way, x, sigma, y_feat, y_mask, audio):
+    theirs = diffusers_dit(dit, way.dtype)
+    dit.blocks[1:].to("meta")  # what is not shared would count as theirs
+    if way.compile:
+        for block in theirs.transformer_blocks:
+            block.compile(dynamic=True)
+
     def step():
         for mask in (y_mask, torch.zeros_like(y_mask)):
-            run_diffusers(dit, dtype, x, sigma, y_feat, mask)
+            run_diffusers(theirs, way.dtype, x, sigma, y_feat, mask)
 
     return step
 
@@ -360,6 +366,8 @@ def diffusers_step(dit, dtype, x, sigma, y_feat, y_mask, audio):
 def adamw_step(dit, z, sigma, y_feat, y_mask, audio):
     """A function that takes a step of AdamW on a float32 adapter."""
     parameters = [p.requires_grad_() for p in mi.adapter_parameters(dit).values()]
+    for p in parameters:
+        p.data = p.data.float()
     optimiser = torch.optim.AdamW(parameters, 1e-4, weight_decay=0.0)
     eps = torch.randn_like(z)
 
@@ -372,17 +380,19 @@ def adamw_step(dit, z, sigma, y_feat, y_mask, audio):
     return step
 
 
-def cost(size, dit, x, texts, step, device):
+def cost(size, dit, x, texts, step, way):
     """The cells of a step that passes the model once for each number of text tokens."""
-    if device == "cuda":
+    if way.device == "cuda":
         torch.cuda.reset_peak_memory_stats()  # making the weights does not count
     seconds = medians(size.repeats, step=step)["step"]
-    peak = mi.peak_memory(device)
-    tokens, frames = x[0, 0].numel() // 4, x.shape[2] if dit.adapter else 0
-    work = sum(flops(dit, tokens, text, frames) for text in texts)
-    matrices = Matrices(dit, tokens)
-    rate = matrices.flops / medians(size.repeats, alone=matrices)["alone"]
-    return {"s": seconds, "MFU": work / seconds / rate, "peak, GB": peak}
+    cells = {"s": seconds, "peak, GB": mi.peak_memory(way.device)}
+    if way.processes == 1:
+        tokens, frames = x[0, 0].numel() // 4, x.shape[2] if dit.adapter else 0
+        work = sum(flops(dit, tokens, text, frames) for text in texts)
+        matrices = Matrices(dit, tokens)
+        rate = matrices.flops / medians(size.repeats, alone=matrices)["alone"]
+        cells["MFU"] = work / seconds / rate
+    return cells
 
 
 @torch.inference_mode()
@@ -438,7 +448,8 @@ def tiny(size, weights, dtype):
     inputs = random_inputs(dit, *shape)
     with torch.inference_mode():
         step = guided_step(dit, *inputs, cfg=o.cfg, music_cfg=o.music_cfg)
-        yield {"what": "a step of sampling", "s": medians(size.repeats, step=step)["step"]}
+        seconds = medians(size.repeats, step=step)["step"]
+    yield {"what": "a step of sampling", "s": seconds}
     for name in mi.SOLVERS:
         cells = {"what": f"a video, {name}", "evaluations": evaluations(name, o.steps)}
         yield cells | {"s": timed(video, dit, decoder, inputs, replace(o, solver=name))}
@@ -511,35 +522,47 @@ def tiny_table(size, paths):
     return title, ("dtype", "what", "evaluations", "s"), runs
 
 
-def gpu_table(size, paths):
-    depth = size.model["depth"]
-    title = f"Mochi of {depth} blocks on a GPU, bfloat16, 480x848: a step, or decoding a video"
-    columns = "what", "frames", "by", "blocks", "compiled", "s", "ours / diffusers", "MFU"
-    runs = []
-    for frames in size.gpu_frames:
-        for compiled in (False, True):
-            for by in ("ours", "ours, no adapter", "diffusers"):
-                runs.append(gpu_step(sample_step, depth, frames, by=by, compile=compiled))
-            runs.append(gpu_step(sample_step, depth, frames, offload=True, compile=compiled))
-    for offload in (False, True):
-        for compiled in (False, True):
-            way = {"offload": offload, "compile": compiled}
-            runs.append(gpu_step(train_step, depth, size.gpu_frames[0], **way))
-    for frames in size.gpu_frames:
-        for by in ("ours", "diffusers", "diffusers, tiled"):
-            cells = {"what": "decode", "frames": frames, "by": by}
-            runs.append(Run(cells, vae, ("decode", frames, size.latents), GPU | {"by": by}))
-    return title, (*columns, "peak, GB"), runs
+def processes_table(size, paths):
+    title = "Several processes on this machine, two blocks, two latent frames, float32"
+    runs = [step_run(sample_step, 2, 7, processes=processes) for processes in (1, 2)]
+    runs += [step_run(train_step, 2, 7, processes=processes) for processes in (1, 2)]
+    return title, ("what", "frames", "processes", "s", "peak, GB"), runs
 
 
 GPU = {"dtype": "bfloat16", "device": "cuda"}
 
 
-def gpu_step(measurement, depth, frames, by="ours", offload=False, compile=False):
-    cells = {"what": measurement.__name__.replace("_", " "), "frames": frames, "by": by}
-    cells["blocks"] = ("resident", "offloaded")[offload]
-    cells["compiled"] = ("no", "yes")[compile]
-    way = GPU | {"by": by, "offload": offload, "compile": compile}
+def gpu_table(size, paths):
+    depth, first = size.model["depth"], size.gpu_frames[0]
+    title = f"Mochi of {depth} blocks on a GPU, bfloat16, 480x848: a step, or decoding a video"
+    columns = "what", "frames", "by", "blocks", "compiled", "processes", "s", "ours / diffusers"
+    runs = []
+    for frames in size.gpu_frames:
+        for compiled in (False, True):
+            for by in ("ours", "diffusers", "ours, with music"):
+                way = GPU | {"by": by, "compile": compiled}
+                runs.append(step_run(sample_step, depth, frames, **way))
+            runs.append(step_run(sample_step, depth, frames, offload=True, **way))
+    for offload in (False, True):
+        for compiled in (False, True):
+            way = GPU | {"offload": offload, "compile": compiled}
+            runs.append(step_run(train_step, depth, first, **way))
+    for step in (sample_step, train_step):
+        for processes in (2, 4, 8):
+            runs.append(step_run(step, depth, first, processes=processes, **GPU))
+    for frames in size.gpu_frames:
+        for by in ("ours", "diffusers", "diffusers, tiled"):
+            cells = {"what": "decode", "frames": frames, "by": by}
+            runs.append(Run(cells, vae, ("decode", frames, size.latents), GPU | {"by": by}))
+    return title, (*columns, "MFU", "peak, GB"), runs
+
+
+def step_run(measurement, depth, frames, **way):
+    shown = Way(**way)
+    cells = {"what": measurement.__name__.replace("_", " "), "frames": frames, "by": shown.by}
+    cells["blocks"] = ("resident", "offloaded")[shown.offload]
+    cells["compiled"] = ("no", "yes")[shown.compile]
+    cells["processes"] = shown.processes
     return Run(cells, measurement, (depth, frames), way)
 
 
@@ -549,6 +572,7 @@ TABLES = {
     "vae": vae_table,
     "load": load_table,
     "tiny": tiny_table,
+    "processes": processes_table,
     "gpu": gpu_table,
 }
 
@@ -560,15 +584,30 @@ TABLES = {
 
 def rows_of(run, quick):
     """[{column: cell}] of a run, in a process of its own; the last may say why it is not there."""
-    if run.way.get("device") == "cuda" and not torch.cuda.is_available():
-        return [{WHY: "not measured: there is no GPU here"}]
-    if "diffusers" in run.way.get("by", "") and not find_spec("diffusers"):
-        return [{WHY: "diffusers is not installed"}]
+    way = Way(**run.way)
+    why = why_not(way)
+    if why:
+        return [{WHY: why}]
+    line = [sys.executable, "-m"]
+    if way.processes > 1:
+        torchrun = "torch.distributed.run", "--standalone", "--nproc_per_node"
+        line += [*torchrun, str(way.processes), "-m"]
     child = json.dumps([run.measurement.__name__, run.arguments, run.way])
-    line = [sys.executable, "-m", "eval.bench", "--child", child] + ["--quick"] * quick
+    line += ["eval.bench", "--child", child] + ["--quick"] * quick
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     rows = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
     return rows + why_failed(done)
+
+
+def why_not(way):
+    """What a run lacks here, if anything."""
+    gpus = torch.cuda.device_count()
+    if way.device == "cuda" and not gpus:
+        return "not measured: there is no GPU here"
+    if way.device == "cuda" and gpus < way.processes:
+        return f"not measured: there are fewer than {way.processes} GPUs here"
+    if "diffusers" in way.by and not find_spec("diffusers"):
+        return "diffusers is not installed"
 
 
 def why_failed(done):
@@ -583,8 +622,12 @@ def why_failed(done):
 
 def run_child(size, name, arguments, way):
     limit_memory()
+    mi.join_processes(Way(**way))  # the first prints
+    torch.manual_seed(0)
     for row in MEASUREMENTS[name](size, *arguments, **way):
         print(json.dumps(row), flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def limit_memory():
@@ -602,7 +645,7 @@ def print_table(title, columns, runs, quick):
     print_row(columns)
     print_row(["---"] * len(columns))
     ours = {}
-    for run in tqdm(runs, title, leave=False):
+    for run in tqdm(runs, leave=False):
         for row in rows_of(run, quick):
             row = run.cells | row
             add_ratio(row, ours)
@@ -612,10 +655,10 @@ def print_table(title, columns, runs, quick):
 def add_ratio(row, ours):
     """Beside diffusers' seconds: what part of them ours take, alike in all else."""
     by = row.get("by")
-    alike = tuple(row.get(name) for name in ("what", "frames", "blocks", "compiled"))
+    alike = tuple(row.get(name) for name in ("what", "frames", "blocks", "compiled", "processes"))
     if by == "ours":
         ours[alike] = row.get("s")
-    elif by and ours.get(alike) and "s" in row:
+    elif by and "diffusers" in by and ours.get(alike) and "s" in row:
         row["ours / diffusers"] = ours[alike] / row["s"]
 
 

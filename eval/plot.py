@@ -89,7 +89,7 @@ def cells_of(folder):
 
 
 def draw_training(plt, folders):
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for folder in folders:
         log, name = read_log(folder), os.path.basename(os.path.normpath(folder))
         steps = [line["step"] for line in log]
@@ -98,7 +98,7 @@ def draw_training(plt, folders):
         gaps = [line[f"wrong_{SIGMA}"] - line[f"right_{SIGMA}"] for line in held_out]
         right.plot([line["step"] for line in held_out], gaps, marker=".", label=name)
     left.set(xlabel="step", ylabel="training loss")
-    right.set(xlabel="step", ylabel=f"gap, another song - own, at sigma {SIGMA}")
+    right.set(xlabel="step", ylabel=f"gap at sigma {SIGMA}")
     right.axhline(0, color="grey", linewidth=0.5)
     right.legend(frameon=False)
     return figure

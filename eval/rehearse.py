@@ -50,7 +50,7 @@ FULL = SimpleNamespace(
     audio={},
 )
 SMALL = SimpleNamespace(
-    dit=dict(depth=48, width=32, text_width=16, heads=2, t5_width=16),
+    dit=dict(depth=48, width=64, text_width=32, heads=2, t5_width=16),
     vae=dict(channels=(8, 8, 8, 8), blocks=(1, 1, 1, 1, 1)),
     text=dict(vocab_size=256, d_model=16, d_kv=8, d_ff=16, num_layers=2, num_heads=2),
     audio=dict(

@@ -10,8 +10,9 @@ The flags are those of sample.py, but that --solver, --steps and --seed take sev
 takes minutes with the model in tiny/; a GPU and Mochi's weights take the same command.
 """
 
+import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -168,16 +169,19 @@ def path_of(options):
     return os.path.join(options.out, "errors.json")
 
 
+IDENTITY = "prompt", "negative", "start", "speed", "size", "frames", "lora_scale", "dtype", "device"
+IDENTITY += "cfg", "music_cfg", "skip", "skip_scale", "fine", "fine_solver"
+
+
 def identity(options):
     """What decides the errors, files by their content."""
-    free = "out", "seeds", "solver", "steps", "offload", "compile", "weights"
-    found = {name: value for name, value in asdict(options).items() if name not in free}
+    found = {name: getattr(options, name) for name in IDENTITY}
     found["song"] = mi.file_digest(options.song)
-    found["dit"] = mi.model_digest(os.path.join(options.weights, "dit.safetensors"))
-    found["decoder"] = mi.model_digest(os.path.join(options.weights, "decoder.safetensors"))
+    for name in ("dit", "decoder"):
+        found[name] = mi.model_digest(os.path.join(options.weights, f"{name}.safetensors"))
     if options.adapter != "none":
         found["adapter"] = mi.model_digest(options.adapter)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in found.items()}
+    return json.loads(json.dumps(found))  # as it is read again
 
 
 def read_results(options):
