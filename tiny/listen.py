@@ -1,8 +1,8 @@
 """The music encoder: a small Wav2Vec 2.0 that is taught the beat's phase, the tempo and the genre.
 
-What ships was taught on the world's own songs alone (`first_encoder`). `hear_more` goes on from it
-with sampled instruments and recordings, and learns to say of each what it first said of a song of
-the world's with the same beats: so whoever follows the first encoder follows the second.
+First on the world's own songs alone (`teach`). Then it goes on with sampled instruments and
+recordings (`hear_more`), and learns to say of each what it first said of a song of the world's with
+the same beats: so an adapter that follows the first encoder follows the second.
 """
 
 import copy
@@ -46,7 +46,7 @@ def teach(steps=700, batch=24, seed=3):
     print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
 
 
-def hear_more(sounds, steps=600, batch=24, seed=3):
+def hear_more(sounds, steps=1100, batch=24, seed=3):
     """audio_encoder/ goes on with every kind of music; what it was stays in work/first_encoder.
 
     sounds: the folder with sound fonts, drum kits and games.

@@ -460,16 +460,16 @@ STAGES = {
     "vae": (make_vae, "encoder.safetensors, decoder.safetensors: the video VAE"),
     "text": (make_text, "text_encoder/, tokenizer/: what does the caption say?"),
     "audio": (make_audio, "audio_encoder/: where is the beat?"),
+    "hear": (make_hear, "audio_encoder/ goes on with every kind of music (takes --sounds)"),
     "song": (make_song, "song.wav"),
     "prior": (make_prior, "dit.safetensors: captions to silent videos"),
     "layers": (make_layers, "reference.safetensors, adaptability.json"),
     "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (takes a FOLDER, --videos)"),
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
     "report": (make_report, "the figures and the pictures (takes --adapter, --songs)"),
-    "hear": (make_hear, "audio_encoder/ goes on with every kind of music (takes --sounds)"),
     "plain": (make_plain, "plain.safetensors, the paper's ZICA, by train.py on toy/"),
 }
-EXTRA = ("hear", "plain")  # only when they are named: what ships was made without
+EXTRA = ("plain",)  # only when they are named: what ships was made without
 # fmt: on
 
 
@@ -485,7 +485,7 @@ def parse(arguments=None):
         "stages",
         nargs="*",
         metavar="STAGE",
-        help="default: all but the last two; after data, its FOLDER",
+        help="default: all but the last; after data, its FOLDER",
     )
     add(
         "--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)"
