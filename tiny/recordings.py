@@ -16,16 +16,16 @@ import musicinfuser as mi
 from tiny.music import FASTEST, RATE, SLOWEST, save_wav
 
 # fmt: off
-TRAINING = {  # Debian package: its recordings, below --sounds
-    "fretsonfire-songs-muldjord": "games/fretsonfire/data/songs/muldjord/*/song.ogg",
-    "hedgewars-data": "games/hedgewars/Data/Music/*.ogg",
-    "hyperrogue-music": "hyperrogue/music/hr3-*.ogg",
-    "supertux-data": "games/supertux2/music/*/*.ogg",
-    "warzone2100-music": "games/warzone2100/music/**/*.opus",
+TRAINING = {  # Debian package: its recordings, below --sounds; their licences
+    "fretsonfire-songs-muldjord": "games/fretsonfire/data/songs/muldjord/*/song.ogg",  # CC-BY-SA
+    "hedgewars-data": "games/hedgewars/Data/Music/*.ogg",  # GPL-2
+    "hyperrogue-music": "hyperrogue/music/hr3-*.ogg",  # CC-BY-SA
+    "supertux-data": "games/supertux2/music/*/*.ogg",  # GPL-2+, CC-BY-SA
+    "warzone2100-music": "games/warzone2100/music/**/*.opus",  # GPL-2+
 }
 VALIDATION = {  # kept back whole
-    "fretsonfire-songs-sectoid": "games/fretsonfire/data/songs/sectoid/*/song.ogg",
-    "singularity-music": "games/singularity/music/**/*.ogg",
+    "fretsonfire-songs-sectoid": "games/fretsonfire/data/songs/sectoid/*/song.ogg",  # MIT
+    "singularity-music": "games/singularity/music/**/*.ogg",  # CC-BY-SA
 }
 # fmt: on
 
