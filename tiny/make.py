@@ -469,7 +469,7 @@ STAGES = {
     "report": (make_report, "the figures and the pictures (takes --adapter, --songs)"),
     "plain": (make_plain, "plain.safetensors, the paper's ZICA, by train.py on toy/"),
 }
-EXTRA = ("plain",)  # only when they are named: what ships was made without
+EXTRA = ("hear", "plain")  # only when they are named: what ships was made without
 # fmt: on
 
 
@@ -485,7 +485,7 @@ def parse(arguments=None):
         "stages",
         nargs="*",
         metavar="STAGE",
-        help="default: all but the last; after data, its FOLDER",
+        help="default: all but hear and plain; after data, its FOLDER",
     )
     add(
         "--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)"
