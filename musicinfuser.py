@@ -2004,7 +2004,7 @@ def print_options(options):
     lines = {}
     for f in fields(options):
         value, line = getattr(options, f.name), f.metadata.get("line")
-        if line and value not in OFF:
+        if line and (value not in OFF or type(value) in (int, float)):
             name = "" if f.name == line else f.name.replace("_", " ")
             lines.setdefault(line, []).append(f"{name} {shown(f.name, value)}".strip())
     for line, words in lines.items():

@@ -23,7 +23,7 @@ from musicinfuser import option
 class Options(mi.SamplingOptions, mi.RunOptions):
     """All that a video takes; kept in the .json beside it."""
 
-    song: str = option("", "any audio or video file", positional=True)
+    song: str = option("", "any audio or video file", positional=True, line="song")
     prompt: str = option("", 'such as "a dog dancing"', positional=True)
     adapter: str = option(None, "file, or none; default: the weights' own", line="weights")
     lora_scale: float = option(1.0, "how strongly the adapter's LoRA counts", line="weights")
