@@ -1,7 +1,6 @@
 """What the tests share: a weights folder of the smallest sizes, a song, dance videos; nothing is
 fetched, and no trained weights are needed."""
 
-import math
 import os
 import subprocess
 import sys
@@ -15,37 +14,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 
 import musicinfuser as mi  # noqa: E402
+from test_musicinfuser import close, inputs, randomize, small_dit  # noqa: E402, F401
 
 PROMPT = "a dog dancing in the park"
-
-
-def randomize(module, seed=0):
-    """Every parameter at random, also the norms and what starts at zero: no term can hide."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in sorted(module.named_parameters()):
-        deviation = 0.3 if p.ndim == 1 else math.prod(p.shape[1:]) ** -0.5
-        w = deviation * torch.randn(p.shape, generator=generator)
-        p.data.copy_(1 + w if p.ndim == 1 and name.endswith("weight") else w)
-    return module
-
-
-def small_dit(depth=3, seed=0, **sizes):
-    return randomize(mi.DiT(depth, 32, 16, 2, 16, **sizes), seed)
-
-
-def inputs(seed=0, t=3, h=4, w=6):
-    """(x, sigma, y_feat, y_mask), audio; the two texts have 4 and 2 of 5 tokens."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(2, 12, t, h, w, generator=generator)
-    y_feat = torch.randn(2, 5, 16, generator=generator)
-    y_mask = torch.arange(5) < torch.tensor([[4], [2]])
-    audio = torch.randn(2, 13, 24, generator=generator)
-    return (x, torch.tensor([0.9, 0.3]), y_feat, y_mask), audio
-
-
-def close(a, b, tolerance):
-    assert a.shape == b.shape
-    assert (a - b).abs().max() < tolerance
 
 
 @pytest.fixture(autouse=True)
