@@ -7,6 +7,7 @@ python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -235,15 +236,31 @@ def make_hear(options):
 # The prior: text to silent video, on all subjects
 # --------------------------------------------------------------------------------------------------
 
+SHORT, LONG = (5000, FRAMES, 4), (240, 271, 104)  # clips, frames, seed
+
 
 def make_prior(options, steps=3000, seed=4):
-    short, scenes = latents_of(5000, FRAMES, seed)
-    long, long_scenes = latents_of(240, 271, seed + 100)
-    mean, std = short.mean((0, 2, 3, 4)).tolist(), short.std((0, 2, 3, 4)).tolist()
-    short, long = mi.to_dit_space(short, mean, std), mi.to_dit_space(long, mean, std)
-    dit, captions = as_bfloat16(fresh_dit(seed)), Captions()
-    dit.pos_frequencies.requires_grad_(False)
+    mean, std = (moment.tolist() for moment in moments(latents_of(*SHORT)[0]))
+    dit = as_bfloat16(fresh_dit(seed))
     dit.config = mi.ModelConfig(FPS, tuple(mean), tuple(std), SAMPLING, TRAINING)
+    fit_prior("prior", dit, steps, 2e-3, seed)
+
+
+def make_further(options, steps=1800, seed=14):
+    """As much as a laptop does in an hour: stage by stage the prior grows as old as one likes."""
+    dit = as_bfloat16(mi.load_dit(in_folder("dit.safetensors")))
+    dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
+    fit_prior("further", dit, steps, 1.5e-3, seed)
+
+
+def fit_prior(name, dit, steps, lr, seed):
+    """Flow matching on captioned clips, text dropped in one of ten."""
+    captions, statistics = Captions(), (dit.config.mean, dit.config.std)
+    sets = [latents_of(*SHORT), latents_of(*LONG)]
+    sets = [(mi.to_dit_space(z, *statistics), scenes) for z, scenes in sets]
+    dit.pos_frequencies.requires_grad_(False)
+    # bfloat16 in attention too: without it, PyTorch's plain kernel goes by float32
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     if shutil.which("g++"):  # a third faster
         print("compiling the blocks, which takes a minute")
         mi.compile_blocks(dit)
@@ -251,9 +268,9 @@ def make_prior(options, steps=3000, seed=4):
     def loss(step):
         rng, generator = generators(seed, step)
         T, batch = clip_sizes(step)
-        z, described = (short, scenes) if T == 13 else (long, long_scenes)
+        z, scenes = sets[T > 13]
         picked = rng.integers(len(z), size=batch)
-        y, mask = captions(world.caption(described[i], rng)[0] for i in picked)
+        y, mask = captions(world.caption(scenes[i], rng)[0] for i in picked)
         mask = mask & torch.from_numpy(rng.random(batch) > 0.1)[:, None]
         z = z[picked, :, :T]
         eps = torch.randn(z.shape, generator=generator)
@@ -262,8 +279,12 @@ def make_prior(options, steps=3000, seed=4):
 
     parameters = {key: p for key, p in dit.named_parameters() if p.requires_grad}
     with sdpa_kernel(SDPBackend.MATH):  # on a CPU the flash kernel is slower backwards
-        fit("prior", parameters, loss, steps, 2e-3, warmup=100)
+        fit(name, parameters, loss, steps, lr, warmup=100)
     mi.save_dit(dit, in_folder("dit.safetensors"))
+
+
+def moments(z):
+    return z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
 
 
 def clip_sizes(step):
@@ -463,6 +484,7 @@ STAGES = {
     "hear": (make_hear, "audio_encoder/ goes on with every kind of music (takes --sounds)"),
     "song": (make_song, "song.wav"),
     "prior": (make_prior, "dit.safetensors: captions to silent videos"),
+    "further": (make_further, "dit.safetensors goes on from what it is"),
     "layers": (make_layers, "reference.safetensors, adaptability.json"),
     "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (takes a FOLDER, --videos)"),
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
