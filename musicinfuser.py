@@ -448,25 +448,31 @@ def conditioned(dit, shape, *inputs):
     return lambda x, sigma, skip=(): dit.velocity(x, sigma, conditions, skip)
 
 
-def euler(velocity, x, steps):
-    """First order, one evaluation a step; Mochi's own. steps: pairs (sigma, the next sigma)."""
+def euler(velocity, x, steps, past=None):
+    """First order, one evaluation a step; Mochi's own. steps: pairs (sigma, the next sigma).
+
+    past: a list, empty at first, in which a solver keeps what its next steps need.
+    """
     for sigma, following in steps:
         x = x + (sigma - following) * velocity(x, sigma)
     return x
 
 
-def ab2(velocity, x, steps):
+def ab2(velocity, x, steps, past=None):
     """Adams and Bashforth's second order for steps of any length, one evaluation a step."""
-    last_v = last_h = None
+    past = [] if past is None else past
     for sigma, following in steps:
-        v, h = velocity(x, sigma), sigma - following
-        slope = v if last_v is None else v + h / (2 * last_h) * (v - last_v)
+        slope = v = velocity(x, sigma)
+        h = sigma - following
+        if past:
+            last_v, last_h = past
+            slope = v + h / (2 * last_h) * (v - last_v)
         x = x + h * slope
-        last_v, last_h = v, h
+        past[:] = v, h
     return x
 
 
-def heun(velocity, x, steps):
+def heun(velocity, x, steps, past=None):
     """Heun's second order, two evaluations a step, one at the last, which ends at sigma 0."""
     for sigma, following in steps:
         v, h = velocity(x, sigma), sigma - following
@@ -497,6 +503,101 @@ def sample(
         return velocity(x, torch.full((len(x),), sigma, device=x.device))
 
     return SOLVERS[solver](at, noise.float(), steps)
+
+
+# ----------------------------------------------------------------------------------------------
+# Whole songs: overlapping windows of a length that the model knows, sampled together. All that
+# grows with the song is in host memory; the device holds one window.
+# ----------------------------------------------------------------------------------------------
+
+SCENE_SIGMA = 0.7  # above it the scene is decided, and shared by all windows
+
+
+def windows(frames, length):
+    """[(first, weights (length,))]: windows over so many latent frames, and how they are averaged.
+
+    At each frame the weights sum to 1. A window's first frame stands for a single frame of video
+    (see UpBlock), which only the video's own first does: the others' count nothing.
+    """
+    stride = max(1, 5 * length // 8)
+    count = math.ceil((frames - length) / stride) + 1
+    firsts = [min(i * stride, frames - length) for i in range(count)]
+    place = torch.arange(length, dtype=torch.float64)
+    ramps = torch.minimum(place, length - place).repeat(count, 1)
+    ramps[0, 0] = 1
+    total = torch.zeros(frames, dtype=torch.float64)
+    for first, ramp in zip(firsts, ramps):
+        total[first : first + length] += ramp
+    shares = [ramp / total[first : first + length] for first, ramp in zip(firsts, ramps)]
+    return [(first, share.float()) for first, share in zip(firsts, shares)]
+
+
+def windowed_velocity(dit, plan, text, null, music, guidance, progress=iter):
+    """velocity(x, sigma) of a long x in host memory: its windows' guided velocities, averaged.
+
+    plan: of windows(). music: what each window hears, (1, A, D_audio) or None.
+    """
+    device = text[0].device
+
+    def velocity(x, sigma):
+        averaged = torch.zeros_like(x)
+        for (first, weights), audio in progress(list(zip(plan, music))):
+            some = slice(first, first + len(weights))
+            window = x[:, :, some].to(device)
+            audio = None if audio is None else audio.to(device)
+            guided = guided_velocity(dit, window.shape, text, null, audio, guidance)
+            v = guided(window, sigma.to(device))
+            averaged[:, :, some] += weights[:, None, None] * v.to(x.device)
+        if sigma[0] <= SCENE_SIGMA:
+            return averaged
+        return with_one_scene(averaged, len(plan[0][1]))
+
+    return velocity
+
+
+def with_one_scene(v, length):
+    """What changes more slowly than a window, such as the place, becomes the whole video's mean.
+
+    Windows know of one another only through those between them: a park would become a beach.
+    """
+    ends = 0, 0, 0, 0, length // 2, (length - 1) // 2
+    slow = F.avg_pool3d(F.pad(v, ends, mode="replicate"), (length, 1, 1), stride=1)
+    return v - slow + v.mean(2, keepdim=True)
+
+
+def in_every_window(noise, frames):
+    """Noise (B, 12, T, H, W) again and again, up to so many latent frames.
+
+    Each window of T frames has the same noise, and so the same mean, in which its scene begins.
+    """
+    return noise[:, :, torch.arange(frames) % noise.shape[2]]
+
+
+@torch.no_grad()
+def sample_long(
+    dit, noise, text, null, music, *, plan, sigmas, solver="euler", state=None, progress, **guidance
+):
+    """What sample() is for a video in windows; noise, and the latents returned, in host memory.
+
+    plan, music: see windowed_velocity. state: a State, from which a killed run goes on.
+    progress: wraps the list of steps, and then the windows of each.
+    """
+    over_steps, over_windows = progress
+    guidance = Guidance(**guidance)
+    velocity = windowed_velocity(dit, plan, text, null, music, guidance, over_windows)
+    sigmas = [float(sigma) for sigma in sigmas]
+    steps = list(zip(sigmas, sigmas[1:]))
+
+    def at(x, sigma):
+        return velocity(x, torch.full((len(x),), sigma))
+
+    kept = state.read() if state else None
+    done, x, past = kept or (0, noise.float(), [])
+    for i in over_steps(range(done, len(steps))):
+        x = SOLVERS[solver](at, x, [steps[i]], past)
+        if state:
+            state.write(i + 1, x, past)
+    return x
 
 
 # ----------------------------------------------------------------------------------------------
@@ -718,13 +819,31 @@ class SamplingOptions(Guidance, VideoOptions):
 @torch.no_grad()  # as a decorator, so that it ends with each video
 def noise_to_video(dit, decoder, noise, text, null, audio, options, progress=iter):
     """Yield the videos (3, T, H, W), about [-1, 1], of noise (B, 12, ...) by SamplingOptions."""
-    how = {f.name: getattr(options, f.name) for f in fields(Guidance)}
-    how |= {"sigmas": linear_quadratic_schedule(options.steps), "solver": options.solver}
+    how = how_to_sample(options)
     z = sample(dit, noise, text, null, audio, progress=progress, **how)
+    for latents in for_decoder(z, dit.config).split(1):
+        yield decoder(latents)[0]
+
+
+@torch.no_grad()
+def pieces_of_video(decoder, z, config):
+    """Yield the video of long latents (1, 12, T, H, W), in DiT space, in pieces (3, t, H, W)."""
+    for piece in decoder.stream(for_decoder(z, config)):
+        yield piece[0]
+
+
+def how_to_sample(options):
+    """What sample takes from SamplingOptions."""
+    guidance = {f.name: getattr(options, f.name) for f in fields(Guidance)}
+    sigmas = linear_quadratic_schedule(options.steps)
+    return guidance | {"sigmas": sigmas, "solver": options.solver}
+
+
+def for_decoder(z, config):
+    """Latents from DiT space to the VAE's. Raises InputError where they are not finite."""
     if not z.isfinite().all():
         raise InputError("the latents are not finite; lower the scales, or try --dtype float32")
-    for latents in to_vae_space(z, dit.config.mean, dit.config.std).split(1):
-        yield decoder(latents)[0]
+    return to_vae_space(z, config.mean, config.std)
 
 
 def noise_for(seed, config, frames, size):
@@ -988,7 +1107,7 @@ class Decoder(nn.Module):
         pixels = 6 * 8 * 8 * latents[:, 0, 0].numel()  # of a latent frame
         past = {}
         for piece in latents.split(chunk or max(1, PIXELS_AT_ONCE // pixels), dim=2):
-            x = piece.to(self.output_proj.weight.dtype)
+            x = piece.to(self.output_proj.weight)  # its dtype, and its device
             for layer in [*self.blocks[0], *self.blocks[1:-1], *self.blocks[-1]]:
                 x = layer(x, past)
             yield pointwise(self.output_proj, F.silu(x)).float()
@@ -1001,6 +1120,41 @@ class Decoder(nn.Module):
 
 class InputError(ValueError):
     """What the user gave cannot be used; the message says what is wrong and what to do."""
+
+
+class State:
+    """Where a long video is: its latents, and what its solver keeps, after the last whole step.
+
+    key: a digest of all that decides them; what is there with another key is not used. writes: by
+    this process.
+    """
+
+    def __init__(self, path, key, writes=True):
+        self.path, self.key, self.writes = path, key, writes
+
+    def read(self):
+        """(steps done, latents, the solver's past), or None."""
+        if not os.path.exists(self.path):
+            return None
+        tensors, metadata = read_safetensors(self.path)
+        if metadata.get("key") != self.key:
+            return None
+        past = [tensors[f"past.{i}"] for i in range(len(tensors) - 1)]
+        past = [kept if kept.ndim else kept.item() for kept in past]
+        return int(metadata["done"]), tensors["x"], past
+
+    def write(self, done, x, past):
+        if not self.writes:
+            return
+        tensors = {"x": x}
+        for i, kept in enumerate(past):
+            exact = kept if torch.is_tensor(kept) else torch.tensor(kept, dtype=torch.float64)
+            tensors[f"past.{i}"] = exact
+        save_safetensors(self.path, tensors, {"key": self.key, "done": str(done)})
+
+    def remove(self):
+        if os.path.exists(self.path):
+            os.remove(self.path)
 
 
 @contextmanager
@@ -1854,7 +2008,7 @@ def stereo_samples(song, start, seconds, speed):
     sound = played(sound[:2].expand(2, -1), rate, speed, STEREO_RATE)
     length = round(seconds * STEREO_RATE)
     sound = F.pad(sound, (0, length - sound.shape[1]))  # a negative number cuts
-    return (sound.clamp(-1, 1) * 32767).round().short().T.numpy()
+    return sound.clamp_(-1, 1).mul_(32767).round_().short().T.numpy()  # in place: songs are long
 
 
 # ----------------------------------------------------------------------------------------------

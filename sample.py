@@ -1,6 +1,7 @@
 """A song and a prompt in, a dancing video out:   python sample.py song.wav "a dog dancing" """
 
 import json
+import math
 import os
 import re
 import signal
@@ -25,6 +26,8 @@ class Options(mi.SamplingOptions, mi.RunOptions):
 
     song: str = option("", "any audio or video file", positional=True, line="song")
     prompt: str = option("", 'such as "a dog dancing"', positional=True)
+    whole_song: bool = option(False, "as many frames as the song has, from --start on")
+    window_frames: int = option(None, "more are made in windows; default: the weights' own frames")
     adapter: str = option(None, "file, or none; default: the weights' own", line="weights")
     lora_scale: float = option(1.0, "how strongly the adapter's LoRA counts", line="weights")
     skip_scale: float = option(1.0, "guidance scale of what --skip's layers add", line="solver")
@@ -46,17 +49,27 @@ def generate(song, prompt, **given):
     options, dit = mi.begin(Options, "sampling", given | {"song": song, "prompt": prompt})
     rank, count = mi.join_processes(options)
     check(options, dit)
+    if options.whole_song:
+        options.frames, options.whole_song = frames_of_song(options, dit.config.fps), False
     waveform = window_of_song(options, dit.config.fps)
+    plan = plan_of(options)
     check_out(options)
     mi.print_options(options)
-    text, null, audio = encode(options, dit, waveform)
+    if plan:
+        print(f"windows  {len(plan)} of {options.window_frames} frames")
+    text, null, audio = encode(options, dit, waveform, plan)
     dit, decoder = load(options)
     seeds, writes = options.seeds, rank == 0
     if count > 1 and options.split == "tokens":
         mi.TokenParallel(dit)
     elif count > 1:
         seeds, writes = seeds[rank::count], True
-    paths = [video(options, seed, dit, decoder, text, null, audio, writes) for seed in seeds]
+    make = partial(video, options)
+    if plan:
+        states = states_of(options, seeds, writes)
+        seeds = unfinished(states)
+        make = partial(long_video, options, plan, states)
+    paths = [make(seed, dit, decoder, text, null, audio, writes) for seed in seeds]
     print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(options.device):.2f} GB")
     return paths
 
@@ -74,6 +87,12 @@ def check(options, dit):
     else:
         mi.load_adapter(dit, options.adapter)
     mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
+    if options.window_frames is None:
+        options.window_frames = dit.config.sampling.get("frames", mi.VideoOptions.frames)
+    if options.window_frames < 7 < options.frames or options.window_frames % 6 != 1:
+        raise mi.InputError(
+            f"--window-frames must be 6k + 1, from 7 on, not {options.window_frames}"
+        )
     needed = ("text_encoder", "tokenizer", "audio_encoder")[: 2 if options.adapter == "none" else 3]
     for folder in (os.path.join(options.weights, name) for name in needed):
         if not os.path.isdir(folder):
@@ -109,8 +128,31 @@ def window_of_song(options, fps):
     return waveform
 
 
-def encode(options, dit, waveform):
-    """The prompt, the negative prompt, each (y_feat, y_mask), and the music's tokens or None."""
+def frames_of_song(options, fps):
+    """How many frames the rest of the song has. Raises InputError where they are too few."""
+    waveform = mi.load_audio(options.song, options.start, speed=options.speed)
+    seconds = len(waveform) / mi.SAMPLE_RATE
+    frames = (int(seconds * fps) - 1) // 6 * 6 + 1
+    if frames < 7:
+        raise mi.InputError(
+            f"{options.song} has {seconds:.2f} s from there; --whole-song takes 7 frames"
+        )
+    return frames
+
+
+def plan_of(options):
+    """The windows of a long video; None where one holds all of it."""
+    if options.frames <= options.window_frames:
+        return None
+    sizes = mi.latent_frames(options.frames), mi.latent_frames(options.window_frames)
+    return mi.windows(*sizes)
+
+
+def encode(options, dit, waveform, plan=None):
+    """The prompt, the negative prompt, each (y_feat, y_mask), and the music's tokens or None.
+
+    plan: the windows, each of which has music of its own, in a list.
+    """
     weights, device = options.weights, options.device
     where = mi.text_device(weights, device)
     if where != device:
@@ -119,10 +161,21 @@ def encode(options, dit, waveform):
     text, null = ([part.to(device) for part in pair] for pair in (text, null))
     check_width("text_encoder", text[0], f"{weights}'s transformer", dit.t5_yproj)
     if options.adapter == "none":
-        return text, null, None
-    audio = mi.AudioEncoder(weights, device)(waveform)
-    check_width("audio_encoder", audio, options.adapter, dit.audio_projection.projection[0])
-    return text, null, audio
+        return text, null, [None] * len(plan) if plan else None
+    listen = mi.AudioEncoder(weights, device)
+    heard = [listen(sound) for sound in sounds_of(options, dit.config.fps, waveform, plan)]
+    check_width("audio_encoder", heard[0], options.adapter, dit.audio_projection.projection[0])
+    return text, null, [audio.cpu() for audio in heard] if plan else heard[0]
+
+
+def sounds_of(options, fps, waveform, plan):
+    """What each window hears of the waveform; all of it without windows."""
+    if not plan:
+        return [waveform]
+    length = math.ceil(mi.audio_seconds(options.window_frames, fps) * mi.SAMPLE_RATE)
+    # A window's first latent frame stands for the last of the six frames that it is in the video
+    firsts = [round(6 * first / fps * mi.SAMPLE_RATE) for first, _ in plan]
+    return [waveform[first : first + length] for first in firsts]
 
 
 def check_width(encoder, features, taker, linear):
@@ -150,8 +203,63 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
     (film,) = mi.noise_to_video(dit, decoder, noise, text, null, audio, options, progress)
     if not writes:
         return None
-    song = os.path.splitext(os.path.basename(options.song))[0]
-    path = new_path(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}")
+    return save(options, seed, film, dit)
+
+
+def long_video(options, plan, states, seed, dit, decoder, text, null, music, writes=True):
+    """The same in windows; goes on from the state that a killed run left."""
+    progress = [
+        partial(tqdm, desc=f"seed {seed}", unit="step", disable=not writes),
+        partial(tqdm, desc="windows", unit="window", disable=not writes, leave=False),
+    ]
+    noise = mi.noise_for(seed, dit.config, options.window_frames, options.size)
+    noise = mi.in_every_window(noise, mi.latent_frames(options.frames))
+    how = mi.how_to_sample(options) | {"plan": plan, "state": states[seed], "progress": progress}
+    z = mi.sample_long(dit, noise, text, null, music, **how)
+    if not writes:
+        return None
+    path = save(options, seed, mi.pieces_of_video(decoder, z, dit.config), dit)
+    states[seed].remove()
+    return path
+
+
+def states_of(options, seeds, writes):
+    """{seed: mi.State}, whose key is all that decides a video, files by their content."""
+    free = "out", "split", "song", "weights", "adapter"
+    recipe = {name: value for name, value in asdict(options).items() if name not in free}
+    files = [options.song, mi.__file__, *files_of(options.weights)]
+    files += [] if options.adapter == "none" else [options.adapter]
+    recipe |= {"files": [mi.model_digest(path) for path in files], "torch": torch.__version__}
+    states = {}
+    for seed in seeds:
+        key = mi.digest(recipe | {"seed": seed})
+        path = f"{path_for(options, seed)[:-4]}.{key[:12]}.unfinished.safetensors"
+        states[seed] = mi.State(path, key, writes)
+    return states
+
+
+def files_of(weights):
+    """All that sampling reads of a weights folder, but for the adapter."""
+    found = [os.path.join(weights, f"{name}.safetensors") for name in ("dit", "decoder")]
+    for name in ("text_encoder", "tokenizer", "audio_encoder"):
+        folder = os.path.join(weights, name)
+        found += [os.path.join(folder, file) for file in sorted(os.listdir(folder))]
+    return found
+
+
+def unfinished(states):
+    """The seeds that a killed run of the same command did not finish."""
+    seeds = list(states)
+    for i, seed in enumerate(seeds):
+        if os.path.exists(states[seed].path):
+            print(f"seed {seed} goes on from {states[seed].path}")
+            return seeds[i:]
+    return seeds
+
+
+def save(options, seed, film, dit):
+    """Write a film, whole or in pieces, and its recipe."""
+    path = new_path(path_for(options, seed))
     window = options.song, options.start, options.speed
     mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
@@ -164,9 +272,16 @@ def is_video(out):
     return out.lower().endswith(".mp4")
 
 
-def new_path(out, stem):
-    """A new .mp4 in the folder `out`, or `out` itself; with -2, -3, ... where one is there."""
-    path = out if is_video(out) else os.path.join(out, f"{stem}.mp4")
+def path_for(options, seed):
+    """--out itself, or an .mp4 in that folder."""
+    if is_video(options.out):
+        return options.out
+    song = os.path.splitext(os.path.basename(options.song))[0]
+    return os.path.join(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}.mp4")
+
+
+def new_path(path):
+    """With -2, -3, ... where such a video is there."""
     begin, n = os.path.splitext(path)[0], 1
     while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
         n += 1
