@@ -510,7 +510,7 @@ def sample(
 # grows with the song is in host memory; the device holds one window.
 # ----------------------------------------------------------------------------------------------
 
-SCENE_SIGMA = 0.7  # above it the scene is decided, and shared by all windows
+SCENE_SIGMA = 0.9  # above it a video's scene is decided, and shared by all windows
 
 
 def windows(frames, length):
