@@ -575,16 +575,27 @@ def in_every_window(noise, frames):
 
 @torch.no_grad()
 def sample_long(
-    dit, noise, text, null, music, *, plan, sigmas, solver="euler", state=None, progress, **guidance
+    dit,
+    noise,
+    text,
+    null,
+    music,
+    *,
+    plan,
+    sigmas,
+    solver="euler",
+    state=None,
+    progress=(iter, iter),
+    **guidance,
 ):
-    """What sample() is for a video in windows; noise, and the latents returned, in host memory.
+    """sample() for a video in windows; noise, and the latents returned, are in host memory.
 
     plan, music: see windowed_velocity. state: a State, from which a killed run goes on.
-    progress: wraps the list of steps, and then the windows of each.
+    progress: wraps the steps, and the windows of each.
     """
     over_steps, over_windows = progress
-    guidance = Guidance(**guidance)
-    velocity = windowed_velocity(dit, plan, text, null, music, guidance, over_windows)
+    inputs = dit, plan, text, null, music, Guidance(**guidance)
+    velocity = windowed_velocity(*inputs, over_windows)
     sigmas = [float(sigma) for sigma in sigmas]
     steps = list(zip(sigmas, sigmas[1:]))
 
@@ -1122,41 +1133,6 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what is wrong and what to do."""
 
 
-class State:
-    """Where a long video is: its latents, and what its solver keeps, after the last whole step.
-
-    key: a digest of all that decides them; what is there with another key is not used. writes: by
-    this process.
-    """
-
-    def __init__(self, path, key, writes=True):
-        self.path, self.key, self.writes = path, key, writes
-
-    def read(self):
-        """(steps done, latents, the solver's past), or None."""
-        if not os.path.exists(self.path):
-            return None
-        tensors, metadata = read_safetensors(self.path)
-        if metadata.get("key") != self.key:
-            return None
-        past = [tensors[f"past.{i}"] for i in range(len(tensors) - 1)]
-        past = [kept if kept.ndim else kept.item() for kept in past]
-        return int(metadata["done"]), tensors["x"], past
-
-    def write(self, done, x, past):
-        if not self.writes:
-            return
-        tensors = {"x": x}
-        for i, kept in enumerate(past):
-            exact = kept if torch.is_tensor(kept) else torch.tensor(kept, dtype=torch.float64)
-            tensors[f"past.{i}"] = exact
-        save_safetensors(self.path, tensors, {"key": self.key, "done": str(done)})
-
-    def remove(self):
-        if os.path.exists(self.path):
-            os.remove(self.path)
-
-
 @contextmanager
 def written_whole(path, exclusive=False):
     """A temporary name beside `path` to write to: renamed at the end, removed if anything fails.
@@ -1284,6 +1260,41 @@ def read_metadata(path, metadata, key):
     if not isinstance(value, dict):
         raise InputError(f"the metadata of {path} is damaged at {key}; fetch or make it again")
     return value
+
+
+class State:
+    """Where a long video is: its latents, and what its solver keeps, after the last whole step.
+
+    key: a digest of all that decides them; what is there with another key is not used. writes: by
+    this process.
+    """
+
+    def __init__(self, path, key, writes=True):
+        self.path, self.key, self.writes = path, key, writes
+
+    def read(self):
+        """(steps done, latents, the solver's past), or None."""
+        if not os.path.exists(self.path):
+            return None
+        tensors, metadata = read_safetensors(self.path)
+        if metadata.get("key") != self.key:
+            return None
+        past = [tensors[f"past.{i}"] for i in range(len(tensors) - 1)]
+        past = [kept if kept.ndim else kept.item() for kept in past]
+        return int(metadata["done"]), tensors["x"], past
+
+    def write(self, done, x, past):
+        if not self.writes:
+            return
+        tensors = {"x": x}
+        for i, kept in enumerate(past):
+            exact = kept if torch.is_tensor(kept) else torch.tensor(kept, dtype=torch.float64)
+            tensors[f"past.{i}"] = exact
+        save_safetensors(self.path, tensors, {"key": self.key, "done": str(done)})
+
+    def remove(self):
+        if os.path.exists(self.path):
+            os.remove(self.path)
 
 
 def check_names(path, found, wanted):

@@ -1,5 +1,6 @@
 """A song and a prompt in, a dancing video out:   python sample.py song.wav "a dog dancing" """
 
+import glob
 import json
 import math
 import os
@@ -89,10 +90,6 @@ def check(options, dit):
     mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     if options.window_frames is None:
         options.window_frames = dit.config.sampling.get("frames", mi.VideoOptions.frames)
-    if options.window_frames < 7 < options.frames or options.window_frames % 6 != 1:
-        raise mi.InputError(
-            f"--window-frames must be 6k + 1, from 7 on, not {options.window_frames}"
-        )
     needed = ("text_encoder", "tokenizer", "audio_encoder")[: 2 if options.adapter == "none" else 3]
     for folder in (os.path.join(options.weights, name) for name in needed):
         if not os.path.isdir(folder):
@@ -134,18 +131,19 @@ def frames_of_song(options, fps):
     seconds = len(waveform) / mi.SAMPLE_RATE
     frames = (int(seconds * fps) - 1) // 6 * 6 + 1
     if frames < 7:
-        raise mi.InputError(
-            f"{options.song} has {seconds:.2f} s from there; --whole-song takes 7 frames"
-        )
+        left = f"{options.song} has {seconds:.2f} s from {options.start:g} s on"
+        raise mi.InputError(f"{left}; --whole-song needs {7 / fps:.2f} s")
     return frames
 
 
 def plan_of(options):
-    """The windows of a long video; None where one holds all of it."""
-    if options.frames <= options.window_frames:
+    """The windows of a long video; None where one holds all of it. Raises InputError."""
+    frames, length = options.frames, options.window_frames
+    if frames <= length:
         return None
-    sizes = mi.latent_frames(options.frames), mi.latent_frames(options.window_frames)
-    return mi.windows(*sizes)
+    if length < 7 or length % 6 != 1:
+        raise mi.InputError(f"--window-frames must be 6k + 1, from 7 on, not {length}")
+    return mi.windows(mi.latent_frames(frames), mi.latent_frames(length))
 
 
 def encode(options, dit, waveform, plan=None):
@@ -242,9 +240,8 @@ def files_of(weights):
     """All that sampling reads of a weights folder, but for the adapter."""
     found = [os.path.join(weights, f"{name}.safetensors") for name in ("dit", "decoder")]
     for name in ("text_encoder", "tokenizer", "audio_encoder"):
-        folder = os.path.join(weights, name)
-        found += [os.path.join(folder, file) for file in sorted(os.listdir(folder))]
-    return found
+        found += sorted(glob.glob(os.path.join(glob.escape(weights), name, "*")))
+    return [path for path in found if os.path.isfile(path)]
 
 
 def unfinished(states):
@@ -300,6 +297,7 @@ def read_recipe(path):
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file)
+        recipe.setdefault("window_frames", recipe["frames"])  # older ones were made all at once
         names = {field.name for field in fields(Options)} - {"out"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
     except (OSError, ValueError, KeyError, TypeError) as error:

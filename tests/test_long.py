@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, ROOT, close, command, inputs, small_dit, write_wav
+from test_processes import torchrun
 from test_sample import run, watch  # noqa: F401
 
 import musicinfuser as mi
 import sample
 
 GUIDANCE = mi.Guidance(cfg=3.0, music_cfg=2.0, skip=(1,), skip_scale=0.5)
-QUIET = iter, iter
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_a_constant_velocity_leads_exactly_to_its_end(solver):
     how = dict(plan=mi.windows(20, 6), sigmas=mi.linear_quadratic_schedule(6), solver=solver)
     plan_music = [None] * len(how["plan"])
     text = torch.zeros(1, 1, 1), torch.ones(1, 1).bool()
-    z = mi.sample_long(dit, noise, text, text, plan_music, progress=QUIET, cfg=1.0, **how)
+    z = mi.sample_long(dit, noise, text, text, plan_music, cfg=1.0, **how)
     close(z, noise + target, 1e-5)
 
 
@@ -155,7 +155,6 @@ def test_a_killed_run_goes_on_from_its_last_whole_step(tmp_path, solver, at):
     text = torch.zeros(1, 1, 1), torch.ones(1, 1).bool()
     plan = mi.windows(9, 6)
     how = dict(plan=plan, sigmas=mi.linear_quadratic_schedule(8), solver=solver, cfg=1.0)
-    how["progress"] = QUIET
     given = noise, text, text, [None] * len(plan)
     state = mi.State(tmp_path / "state.safetensors", "key")
     with pytest.raises(Killed):
@@ -320,10 +319,33 @@ def test_each_window_hears_its_own_place(song):
         assert abs(len(sound) / 16000 - mi.audio_seconds(13)) < 0.01
 
 
-def test_ten_minutes(run, tmp_path):  # noqa: F811
-    song = noise_song(tmp_path / "long.wav", 600)
-    more = "--whole-song", "--size", "16x16", "--window-frames", 145, "--steps", 2
-    error, output = run(song, PROMPT, *more, "--music-cfg", 0, "--cfg", 1)
-    assert not error and "frames 17995" in output
-    (path,) = tmp_path.glob("out/*.mp4")
-    assert mi.count_frames(path) == 17995
+def test_ten_minutes():
+    """Only a window of it is on the device: what the model sees is of one length throughout."""
+    seen = []
+
+    def dit(x, *inputs):
+        seen.append(tuple(x.shape))
+        return torch.ones_like(x)
+
+    options = sample.Options(frames=17995, window_frames=73)
+    plan = sample.plan_of(options)
+    sounds = sample.sounds_of(options, 30, torch.zeros(600 * 16000), plan)
+    assert plan[-1][0] + 13 == 3000 and len(plan) == len(sounds) == 375
+    assert {len(sound) for sound in sounds} == {len(sounds[0])}
+    noise = mi.in_every_window(torch.randn(1, 12, 13, 2, 2), 3000)
+    text = torch.zeros(1, 1, 1), torch.ones(1, 1).bool()
+    how = dict(plan=plan, sigmas=[1.0, 0.5, 0.0], cfg=1.0)
+    z = mi.sample_long(dit, noise, text, text, [None] * len(plan), **how)
+    close(z, noise + 1, 1e-5)
+    assert set(seen) == {(1, 12, 13, 2, 2)} and len(seen) == 2 * 375
+
+
+def test_processes_share_the_tokens_of_each_window(weights, song, tmp_path):
+    more = ["sample.py", song, PROMPT, "--weights", weights, "--device", "cpu", "--frames", 25]
+    together = torchrun(2, *more, "--out", tmp_path / "two.mp4")
+    assert together.returncode == 0, together.stderr
+    assert command(*more, "--out", tmp_path / "one.mp4").returncode == 0
+    frames = [[*mi.read_frames(tmp_path / f"{name}.mp4", 32, 32)] for name in ("one", "two")]
+    assert len(frames[0]) == 25
+    assert max(abs(a.astype(int) - b).max() for a, b in zip(*frames)) <= 2
+    assert not list(tmp_path.glob("*.unfinished.safetensors"))
