@@ -1,0 +1,100 @@
+"""eval.long: joins and drift that were put in are found, thirds keep to a song whose tempo changes,
+and what is measured is kept."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+
+import musicinfuser as mi
+import sample
+from eval import long
+
+
+@pytest.fixture(scope="module")
+def encoder(weights):
+    return mi.load_encoder(weights / "encoder.safetensors")
+
+
+def film_of(frames=120, size=32, seed=0):
+    """A grey place with noise; something bright goes round in it."""
+    film = np.full((frames, size, size, 3), 120, np.uint8)
+    film += np.random.default_rng(seed).integers(0, 3, film.shape, dtype=np.uint8)
+    for i, frame in enumerate(film):
+        x = int(10 + 6 * np.sin(i / 3))
+        frame[12:20, x : x + 6] = 250
+    return film
+
+
+def test_joins_are_where_a_window_begins_to_count_or_has_ended():
+    ones = torch.ones(13)
+    assert long.joins_of([(0, ones), (8, ones), (12, ones)]) == [49, 73, 121]
+
+
+def test_a_join_that_was_put_in_is_found():
+    film, joins = film_of(), [30, 60, 90]
+    assert abs(long.join_scores(film, joins)["jump"]) < 1
+    for join in joins:
+        film[join:] += np.uint8(20)
+    found = long.join_scores(film, joins)
+    assert found["join"] > 3 and found["jump"] > 3
+
+
+def test_a_place_that_drifts_is_found(encoder):
+    film = film_of()
+    still = long.drift_scores(film, encoder, 30)
+    for i in range(len(film)):
+        film[i, :, :8] += np.uint8(i // 2)
+    drifts = long.drift_scores(film, encoder, 30)
+    assert still["place"] < 1 and drifts["place"] > 3
+    assert drifts["features"] > 2 * still["features"]
+
+
+def test_a_figure_that_changes_colour_is_found(encoder):
+    film = film_of()
+    still = long.drift_scores(film, encoder, 30)
+    film[60:][film[60:].min(-1) == 250] = 250, 20, 20
+    changed = long.drift_scores(film, encoder, 30)
+    assert still["figure"] < 5 < changed["figure"]
+
+
+def test_the_beats_of_a_song_whose_tempo_changes():
+    beats = long.beats_at(1801, 30, 60)
+    slow, fast = np.diff(beats[:900]), np.diff(beats[901:])
+    assert np.allclose(slow * 30 * 60, 100) and np.allclose(fast * 30 * 60, 130)
+
+
+def test_a_dance_on_the_beat_keeps_to_it_in_every_third():
+    beats = long.beats_at(901, 30, 30)
+    film = np.full((901, 16, 16, 3), 50, np.uint8)
+    speed = np.sin(np.pi * beats) ** 2  # it rests on every beat
+    film[:, 4:12, 4:12] = (np.cumsum(speed)[:, None, None, None] * 9 % 200).astype(np.uint8)
+    first, _, last = long.beats_by_thirds(film, beats, 30)
+    for r, tempo in (first, last):
+        assert r > 0.5 and abs(tempo - 1) < 0.05
+
+
+def test_what_is_measured_is_kept(weights, tmp_path, monkeypatch):
+    made = []
+
+    def generate(**given):
+        made.append(given["prompt"])
+        mi.save_video(given["out"], mi.from_pixels(film_of(91)))
+
+    monkeypatch.setattr(sample, "generate", generate)
+    own = {"solver": "ab2", "steps": 2, "frames": 91, "seconds": 6}
+    given = own | {"weights": str(weights), "device": "cpu", "out": str(tmp_path)}
+    options, dit = mi.begin(long.Options, "sampling", given)
+    films = long.Films(options, dit.config)
+    first = films.scores(prompt="a dog", frames=91)
+    assert films.scores(prompt="a dog", frames=91) == first and made == ["a dog"]
+    films.scores(prompt="a cat", frames=91)
+    assert made == ["a dog", "a cat"]
+    scores, path = first
+    assert os.path.exists(path) and set(long.JOIN_AND_DRIFT) <= set(scores)
+
+
+def test_too_short_films_are_one_line(weights, tmp_path):
+    with pytest.raises(mi.InputError, match="three seconds"):
+        long.report(weights=str(weights), device="cpu", frames=61, out=str(tmp_path))
