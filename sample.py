@@ -297,7 +297,8 @@ def read_recipe(path):
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file)
-        recipe.setdefault("window_frames", recipe["frames"])  # older ones were made all at once
+        if "frames" in recipe:  # older ones were made all at once
+            recipe = {"window_frames": recipe["frames"]} | recipe
         names = {field.name for field in fields(Options)} - {"out"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
     except (OSError, ValueError, KeyError, TypeError) as error:

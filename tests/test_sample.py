@@ -143,7 +143,7 @@ def test_the_parts_are_put_together(run, weights, song, videos):
 
 def test_options_of_the_weights_give_way_to_those_given(run, weights, song, tmp_path, videos):
     assert "frames 7" in run(song, PROMPT)[1]
-    assert "frames 13" in run(song, PROMPT, "--frames", 13)[1]
+    assert "frames 13" in run(song, PROMPT, "--frames", 13, "--window-frames", 13)[1]
     how = {"weights": weights, "out": tmp_path, "device": "cpu"}
     sample.generate(song, PROMPT, steps=None, **how)
     assert [len(video[0]) for video in videos] == [7, 13, 7]
