@@ -187,7 +187,7 @@ def read_recipe(path):
             recipe = json.load(file)
         names = {field.name for field in fields(Options)} - {"out"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
 
 

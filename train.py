@@ -325,6 +325,8 @@ class Trainer:
     def resume(self):
         """The step to go on from: that of the last save, or 0."""
         start = self.run.load(self.dit, self.optimiser)
+        if start > self.options.steps:
+            raise mi.InputError(f"{self.run.state} says step {start}; delete {self.run.folder}")
         self.workers.begin_alike(self.parameters)
         self.report(start)
         if start == self.options.steps and self.workers.first:

@@ -12,8 +12,12 @@ import json
 import math
 import os
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from string import ascii_uppercase
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 import torch
@@ -403,9 +407,8 @@ def make_data(options, seed=5):
         else:
             name = os.path.join("wild", f"wild-{i - aist:04d}")
         path = os.path.join(os.path.abspath(options.folder), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         if i >= aist:
-            with open(f"{path}.txt", "w") as file:
+            with mi.written_whole(f"{path}.txt") as temporary, open(temporary, "w") as file:
                 file.write(world.caption(scene, rng)[0] + "\n")
         mi.save_video(f"{path}.mp4", video, FPS, song, start)
 
@@ -428,7 +431,6 @@ class Songs:
             seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
             rng = np.random.default_rng(seed)
             tempo = math.exp(rng.uniform(math.log(60), math.log(180)))
-            os.makedirs(self.folder, exist_ok=True)
             music.save_wav(path, self.make(number % 3, genre, tempo, seed, seconds, rng))
             self.made[path] = tempo
         return path, self.made[path]
