@@ -1664,6 +1664,7 @@ def encode_text(weights, prompts, device="cpu"):
         raise InputError(f"{weights}/tokenizer has more tokens than {weights}/text_encoder knows")
     features = []
     for prompt in prompts:
+        prompt = prompt.encode(errors="replace").decode()  # half a character, as of bad bytes
         ids = tokenizer(prompt).input_ids if prompt.strip() else [0]
         if len(ids) > TEXT_TOKENS:
             cut = f"the prompt has {len(ids)} tokens, only the first {TEXT_TOKENS} are used"

@@ -128,7 +128,7 @@ def load_reference(path, width):
 
 def videos_below(folder):
     """All videos below a folder, sorted. Raises InputError for none."""
-    videos = list_videos(folder)
+    videos = [path for path in list_videos(folder) if os.path.isfile(path)]
     if not videos:
         raise mi.InputError(f"there is no video below {folder}")
     return videos
