@@ -1979,7 +1979,8 @@ def check_kind(name, value, kind, parse):
 
 
 def check_number(name, value, kind, limits):
-    if not isinstance(value, (kind, int)) or isinstance(value, bool) or not math.isfinite(value):
+    number = isinstance(value, (kind, int)) and not isinstance(value, bool)
+    if not number or not -math.inf < value < math.inf:  # a whole one may be beyond any float
         whole = "whole " if kind is int else ""
         raise InputError(f"{name} must be a {whole}number, not {value}")
     low, high = limits.get("low", -math.inf), limits.get("high", 2**63 - 1)

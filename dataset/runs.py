@@ -155,5 +155,5 @@ def step_of(line):
     """Of a line of the log; a damaged one comes after all others."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf

@@ -222,7 +222,7 @@ class Number:
             with open(path + ".json", encoding="utf-8") as file:
                 found = json.load(file)["score"]
             return found if math.isfinite(found) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return None
 
     def score(self, measured):
