@@ -1035,8 +1035,9 @@ def clear_temporaries(folder):
     for name in os.listdir(folder):
         match = re.match(r"\.tmp(\d+)-", name)
         if match and not is_running(int(match[1])):
+            path = os.path.join(folder, name)
             with suppress(FileNotFoundError):  # another process clears it too
-                os.remove(os.path.join(folder, name))
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
 def is_running(process):
@@ -1862,7 +1863,7 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
     video: (3, T, H, W) in [-1, 1], or an iterable of such pieces, which are written as they come.
     Written whole or not at all; exclusive: over no other file. Raises InputError where it cannot.
     """
-    with written_whole(path, exclusive) as temporary, tempfile.TemporaryDirectory() as folder:
+    with written_whole(path, exclusive) as temporary, folder_beside(temporary) as folder:
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
@@ -1871,6 +1872,12 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
             join = ["-f", "s16le", "-ar", STEREO_RATE, "-ac", 2, "-i", raw]
             join += ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
             ffmpeg(silent, *join, "-f", "mp4", "-y", temporary)
+
+
+def folder_beside(temporary):
+    """A folder on the same disk, which goes at the end, or with the next run."""
+    here, name = os.path.split(temporary)
+    return tempfile.TemporaryDirectory(prefix=name.split("-")[0] + "-", dir=here)
 
 
 def write_frames(path, pieces, fps):

@@ -6,15 +6,18 @@ Top to bottom:   the folder that they run in | the table | what needs a process 
 
 import json
 import os
+import random
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, bounded, small_dit, write_wav
+from conftest import PROMPT, ROOT, bounded, small_dit, write_wav
 
 import adaptability
 import musicinfuser as mi
@@ -393,3 +396,134 @@ def test_what_is_odd_works_or_ends_in_one_line(room, monkeypatch, capsys, line, 
     if words.startswith("later"):
         after = {path: after[path] for path in before}
     assert after == before
+
+
+# ------------------------------------------------------------------------------------------------
+# What needs a process of its own
+# ------------------------------------------------------------------------------------------------
+
+SAMPLE = "python sample.py {} dog --weights weights --device cpu --out out"
+STRANGE = "$'\\xff \\xe6\\xad\\x8c.wav'"
+LINES = {
+    "full disk": ("ulimit -f 20; " + SAMPLE.format("song.wav") + " --size 128x128", "cannot write"),
+    "strange name": (f"mv song.wav {STRANGE}; " + SAMPLE.format(STRANGE), ""),
+    "nobody reads": ("python train.py --data aist --split test | true; exit ${PIPESTATUS[0]}", "?"),
+}
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_the_shell_is_strange(room, name):
+    line, words = LINES[name]
+    line = line.replace("python ", f"{sys.executable} ", 1).replace(
+        " sample.py", f" {ROOT}/sample.py"
+    )
+    line = line.replace(" train.py", f" {ROOT}/train.py")
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "ascii:strict"}
+    how = {"env": os.environ | ascii_only, "capture_output": True, "text": True}
+    run = subprocess.run(["bash", "-c", line], **how)
+    assert "Traceback" not in run.stderr and "Exception" not in run.stderr
+    assert not list(room.rglob(".tmp*"))
+    if words != "?":
+        assert (run.returncode != 0) == bool(words) and words in run.stderr
+    assert bool(list(room.glob("out/*.mp4"))) == (not words)
+
+
+@pytest.mark.parametrize(
+    "module", ["sample", "train", "adaptability", "eval.evaluate", "tiny.make"]
+)
+def test_stopped_while_it_imports(module):
+    """Before anything of ours runs: the signal ends it, without a word."""
+    code = "import runpy, os, signal, sys; sys.argv = ['x']\n"
+    code += "class Stops:\n    def find_spec(self, name, *_):\n"
+    code += "        if name == 'numpy': os.kill(os.getpid(), signal.SIGINT)\n"
+    code += f"sys.meta_path.insert(0, Stops())\nrunpy.run_module('{module}', run_name='__main__')\n"
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == -signal.SIGINT and not run.stderr
+
+
+# ------------------------------------------------------------------------------------------------
+# Killed at a random moment; KILLS=20 pytest -k killed_while: so many times
+# ------------------------------------------------------------------------------------------------
+
+KILLS = int(os.environ.get("KILLS", 2))
+SIGNALS = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
+RANK = "--weights weights --device cpu --metric loud:score --prompts dog stage --batch 1 --keep"
+
+
+def killed(line, folder, number, begun, moment):
+    """Start a command in `folder`, kill it `moment` seconds after begun(); its standard error."""
+    temporary = folder / "tmp"
+    temporary.mkdir(exist_ok=True)
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TMPDIR": str(temporary)}
+    how = {"env": os.environ | threads | {"PYTHONPATH": ROOT}, "cwd": folder}
+    how |= {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
+    with subprocess.Popen(list(map(str, line)), **how) as run:
+        while not begun() and run.poll() is None:
+            time.sleep(0.02)
+        time.sleep(moment)
+        if number == signal.SIGINT and run.poll() is None:
+            os.killpg(run.pid, number)  # as a terminal does: ffmpeg hears it too
+        else:
+            run.send_signal(number)
+        error = run.stderr.read().decode()
+    assert "Traceback" not in error
+    if number != signal.SIGKILL and run.returncode:
+        assert run.returncode < 0 or error.strip().splitlines()[-1] == "stopped"
+        assert not list(folder.rglob(".tmp*")) and not list(temporary.iterdir())
+    return run.returncode
+
+
+def check_whole(folder):
+    """Every file that has its name is all there."""
+    for path in folder.rglob("*.*"):
+        if any(part.startswith(".tmp") for part in path.parts):
+            continue
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        if path.suffix == ".mp4":
+            assert mi.count_frames(path) > 0
+
+
+def in_this_process(main, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x", *line])
+    main()
+
+
+def test_ranking_killed_while_it_samples_ends_the_same(room, monkeypatch):
+    line = shlex.split(RANK)
+    in_this_process(adaptability.main, [*line, "--out", "whole"], monkeypatch)
+    wanted = json.loads((room / "whole" / "adaptability.json").read_text())
+    rng = random.Random(0)
+    for i in range(KILLS):
+        out = room / f"run-{i}"
+        script = [sys.executable, os.path.join(ROOT, "adaptability.py"), *line, "--out", out.name]
+        killed(script, room, SIGNALS[i % 3], lambda: list(out.glob("kept/*-*.json")), rng.random())
+        check_whole(out)
+        in_this_process(adaptability.main, [*line, "--out", out.name], monkeypatch)
+        found = json.loads((out / "adaptability.json").read_text())
+        assert found["ranking"] == wanted["ranking"]
+        assert found["adaptability"] == pytest.approx(wanted["adaptability"], abs=1e-6)
+        names = {path.relative_to(room / "whole") for path in (room / "whole").rglob("*")}
+        assert {path.relative_to(out) for path in out.rglob("*")} == names
+
+
+def test_evaluating_killed_while_it_scores_ends_the_same(room, monkeypatch):
+    pytest.importorskip("librosa")
+    monkeypatch.undo()  # the room's stand-in for librosa
+    monkeypatch.chdir(room)
+    from test_eval import dance
+
+    videos = [dance(room / f"{name}.mp4", late=i / 4) for i, name in enumerate("abcd")]
+    evaluating = [*videos, "--json", "scores.json"]
+    in_this_process(evaluate.main, evaluating, monkeypatch)
+    wanted = (room / "scores.json").read_bytes()
+    rng = random.Random(0)
+    for i in range(KILLS):
+        (room / "scores.json").unlink()
+        script = [sys.executable, "-m", "eval.evaluate", *evaluating]
+        killed(script, room, SIGNALS[i % 3], lambda: True, 10 * rng.random())
+        if (room / "scores.json").exists():  # it was done
+            assert (room / "scores.json").read_bytes() == wanted
+        in_this_process(evaluate.main, evaluating, monkeypatch)
+        assert (room / "scores.json").read_bytes() == wanted
+        assert not list(room.glob(".tmp*"))
