@@ -1642,10 +1642,13 @@ def from_pretrained(cls, folder, **more):
         raise InputError(f"cannot load {cls} from {folder}: {reason}") from error
 
 
-def load_pretrained_model(cls, folder, device):
-    """A model of transformers in float32. Raises InputError where a tensor is missing or wrong."""
+def load_pretrained_model(cls, folder, device, **config):
+    """A model of transformers in float32. Raises InputError where a tensor is missing or wrong.
+
+    config: what it has in place of the file's.
+    """
     how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    model, info = from_pretrained(cls, folder, **how)
+    model, info = from_pretrained(cls, folder, **how, **config)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:  # they would be random
             raise InputError(f"{folder} is not a whole {cls}: {kind} {min(map(str, info[kind]))}")
@@ -1702,7 +1705,8 @@ class AudioEncoder:
         if self.normalise.sampling_rate != SAMPLE_RATE:
             rate = self.normalise.sampling_rate
             raise InputError(f"{folder} is for sound at {rate} Hz; Wav2Vec 2.0's is {SAMPLE_RATE}")
-        self.wav2vec = load_pretrained_model("Wav2Vec2Model", folder, device)
+        training = {"mask_time_prob": 0, "mask_feature_prob": 0}  # the released file lacks its mask
+        self.wav2vec = load_pretrained_model("Wav2Vec2Model", folder, device, **training)
 
     @torch.no_grad()
     def __call__(self, waveform):

@@ -151,12 +151,23 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
     if not writes:
         return None
     song = os.path.splitext(os.path.basename(options.song))[0]
-    path = new_path(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}")
-    window = options.song, options.start, options.speed
-    mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
+    stem = f"{slug(song, 30)}-{slug(options.prompt)}-{seed}"
+    path = save(new_path(options.out, stem), film, dit.config.fps, options)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
     mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
     print(path)
+    return path
+
+
+def save(path, film, fps, options):
+    """Write the video; under the next free name, where another process took this one meanwhile."""
+    window = options.song, options.start, options.speed
+    try:
+        mi.save_video(path, film, fps, *window, exclusive=True)
+    except mi.InputError:
+        if not os.path.exists(path):
+            raise
+        return save(new_path(path, ""), film, fps, options)
     return path
 
 

@@ -17,6 +17,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import PROMPT, ROOT, bounded, small_dit, write_wav
 
 import adaptability
@@ -100,6 +101,13 @@ def bad_media(folder, song):
     (folder / "links" / "folder.mp4").mkdir()
     for name in ("c.mp4", "c.txt"):
         shutil.copytree(folder / "wild", folder / "links" / name)
+    (folder / "lists").mkdir()
+    shutil.copy(folder / "playlist.mp4", folder / "lists")
+    shutil.copy(folder / "concat.wav", folder / "lists" / "concat.mp4")
+    base = f"<BaseURL>file://{folder}/wild/a.mp4</BaseURL>"
+    for kind in ("AdaptationSet", "Period", "MPD"):
+        base = f"<{kind} mimeType='video/mp4'>{base}</{kind}>"
+    (folder / "lists" / "dash.mp4").write_text(f"<?xml version='1.0'?>\n{base}\n")
 
 
 def bad_weights(folder, weights):
@@ -118,6 +126,14 @@ def bad_weights(folder, weights):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"sampling_rate": None}))
     wrong = {"mean": torch.zeros(5), "cov": torch.eye(5)}
     mi.save_safetensors(folder / "deaf" / "reference.safetensors", wrong, {"feature": FEATURE})
+    for name in ("remote", "words"):
+        shutil.copytree(weights, folder / name)
+    code = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "remote" / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(code))
+    (folder / "remote" / "tokenizer" / "evil.py").write_text("open('evil', 'w').close()\n")
+    sizes = {"vocab_size": 9, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    t5 = transformers.T5EncoderModel(transformers.T5Config(**sizes))
+    t5.save_pretrained(folder / "words" / "text_encoder")
     (folder / "deep.safetensors").write_bytes(b"\0\0\1\0\0\0\0\0" + b"[" * 65536)
     (folder / "huge.safetensors").write_bytes((2**40).to_bytes(8, "little") + b"{}")
     (folder / "folder.safetensors").mkdir()
@@ -216,6 +232,8 @@ TABLE = [
     ("sample song.wav dog --weights prefers", "--solver must be one of"),
     ("sample song.wav dog --weights wordy", "--size cannot be '32x32'"),
     ("sample song.wav dog --weights deaf", "is for sound at None Hz"),
+    ("sample song.wav dog --weights words", "tokenizer has more tokens than words/text_encoder"),
+    ("sample song.wav dog --weights remote", ""),
     ("sample song.wav dog --weights deaf --adapter none", "works: adapter none"),
     ("sample song.wav dog --adapter song.wav", "song.wav is not a whole safetensors file"),
     ("sample song.wav dog --adapter deep.safetensors", "not a whole safetensors file"),
@@ -252,6 +270,8 @@ TABLE = [
     ("train --data mute", "no AIST video"),
     ("train --data aist --wild nowhere", "no such folder: nowhere"),
     ("train --data aist --wild links", "works: skipped  links/pipe.mp4 is no file"),
+    ("train --data lists --wild lists", "no AIST video"),
+    ("train --data aist --wild lists", "works: skipped  4 of 6 videos"),
     ("train --data aist --out song.wav", "cannot use song.wav"),
     ("train --data aist --out /proc/nowhere", "cannot use /proc/nowhere"),
     ("train --data aist --layers ''", "--layers"),
@@ -300,6 +320,11 @@ TABLE = [
     ("evaluate http://127.0.0.1:1/a.mp4", "no such file"),
     ("evaluate video.mp4", "video.json: start is inf"),
     ("evaluate list.mp4 short.mp4", "no such file: list.mp4"),
+    ("evaluate playlist.mp4", "playlist.mp4 cannot be read as audio"),
+    ("evaluate concat.wav", "concat.wav cannot be read as audio"),
+    ("evaluate empty.mp4", "empty.mp4 cannot be read as audio"),
+    ("evaluate http:127.0.0.1:1.mp4", "http:127.0.0.1:1.mp4 cannot be read as audio"),
+    ("evaluate '<video0>.mp4'", "<video0>.mp4 cannot be read as audio"),
     ("evaluate dot.mp4 --song nowhere.wav", "no such file: nowhere.wav"),
     ("evaluate dot.mp4 --judge nowhere", "no such folder: nowhere"),
     ("evaluate dot.mp4 --json list.json", "list.json is not what sample.py writes"),
@@ -396,6 +421,31 @@ def test_what_is_odd_works_or_ends_in_one_line(room, monkeypatch, capsys, line, 
     if words.startswith("later"):
         after = {path: after[path] for path in before}
     assert after == before
+
+
+class Fault(RuntimeError):
+    """A mistake of ours."""
+
+
+NOT_THEIRS = Fault("ours"), OSError("ours"), KeyError("ours"), ValueError("ours")
+
+
+@pytest.mark.parametrize("error", NOT_THEIRS, ids=repr)
+def test_our_own_mistakes_keep_their_traceback(room, error):
+    def breaks():
+        raise error
+
+    with pytest.raises(type(error)):
+        mi.main(breaks)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("no room")], ids=repr)
+def test_no_memory_is_one_line(room, error):
+    def breaks():
+        raise error
+
+    with pytest.raises(SystemExit, match="^error: out of memory; .*--offload take less$"):
+        mi.main(breaks)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -110,6 +110,9 @@ HEADERS = {
     "unknown dtype": '{"a":{"dtype":"X9","shape":[1],"data_offsets":[0,1]}}',
     "deep": "[" * 100_000,
     "no object": "[1, 2]",
+    "integers of 16 bits": '{"a":{"dtype":"I16","shape":[0],"data_offsets":[0,0]},"b":'
+    + ENTRY
+    + "}",
     "float 8": '{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}',
 }
 
