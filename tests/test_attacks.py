@@ -368,7 +368,7 @@ def room(attacked, tmp_path, monkeypatch):
     monkeypatch.setattr(bt, "import_librosa", lambda: None)  # what it is needed for comes later
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     hook = sys.unraisablehook
-    with bounded(SECONDS):
+    with bounded():
         yield folder
     sys.unraisablehook = hook
     for number, handler in handlers.items():
@@ -398,7 +398,8 @@ def attack(line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [command, *shlex.split(ALWAYS[command]), *arguments])
     error = ""
     try:
-        mi.main(COMMANDS[command])
+        with bounded(SECONDS):
+            mi.main(COMMANDS[command])
     except SystemExit as stop:
         error = stop.code
     captured = capsys.readouterr()
