@@ -159,18 +159,6 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
     return path
 
 
-def save(path, film, fps, options):
-    """Write the video; under the next free name, where another process took this one meanwhile."""
-    window = options.song, options.start, options.speed
-    try:
-        mi.save_video(path, film, fps, *window, exclusive=True)
-    except mi.InputError:
-        if not os.path.exists(path):
-            raise
-        return save(new_path(path, ""), film, fps, options)
-    return path
-
-
 def is_video(out):
     return out.lower().endswith(".mp4")
 
@@ -182,6 +170,18 @@ def new_path(out, stem):
     while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
         n += 1
         path = f"{begin}-{n}.mp4"
+    return path
+
+
+def save(path, film, fps, options):
+    """Write the video; under the next free name, where another process took this one meanwhile."""
+    window = options.song, options.start, options.speed
+    try:
+        mi.save_video(path, film, fps, *window, exclusive=True)
+    except mi.InputError:
+        if not os.path.exists(path):
+            raise
+        return save(new_path(path, ""), film, fps, options)
     return path
 
 
