@@ -52,6 +52,7 @@ def hear_more(sounds, steps=1100, batch=24, seed=3):
 
     sounds: the folder with sound fonts, drum kits and games.
     """
+    check_sounds(sounds)
     torch.manual_seed(seed)
     teacher, answers = first_encoder(), Answers(seed)
     wav2vec, head = copy.deepcopy(teacher).requires_grad_(), fresh_head()
@@ -70,6 +71,13 @@ def hear_more(sounds, steps=1100, batch=24, seed=3):
     save(wav2vec, in_folder("audio_encoder"))
     for name, pieces in unseen_pieces(sounds, seed).items():
         print_accuracy(name, wav2vec, head, pieces, seed)
+
+
+def check_sounds(folder):
+    """Raises InputError for what is missing, before anything takes long."""
+    music.find_sounds(folder)
+    for packages in (recordings.TRAINING, recordings.VALIDATION):
+        recordings.find_recordings(folder, packages)
 
 
 def first_encoder():

@@ -12,8 +12,12 @@ import json
 import math
 import os
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from string import ascii_uppercase
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 import torch
@@ -404,9 +408,8 @@ def make_data(options, seed=5):
         else:
             name = os.path.join("wild", f"wild-{i - aist:04d}")
         path = os.path.join(folder, name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         if i >= aist:
-            with open(f"{path}.txt", "w") as file:
+            with mi.written_whole(f"{path}.txt") as temporary, open(temporary, "w") as file:
                 file.write(world.caption(scene, rng)[0] + "\n")
         mi.save_video(f"{path}.mp4", video, FPS, song, start)
 
@@ -427,7 +430,6 @@ class Songs:
         path = os.path.join(self.folder, f"m{genre}{number}.wav")
         if path not in self.made:
             song, beats = self.make(genre, number)
-            os.makedirs(self.folder, exist_ok=True)
             music.save_wav(path, song)
             self.made[path] = len(song) / music.RATE, beats
         seconds, beats = self.made[path]
