@@ -201,7 +201,7 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
     (film,) = mi.noise_to_video(dit, decoder, noise, text, null, audio, options, progress)
     if not writes:
         return None
-    return save(options, seed, film, dit)
+    return finish(options, seed, film, dit)
 
 
 def long_video(options, plan, states, seed, dit, decoder, text, null, music, writes=True):
@@ -216,7 +216,7 @@ def long_video(options, plan, states, seed, dit, decoder, text, null, music, wri
     z = mi.sample_long(dit, noise, text, null, music, **how)
     if not writes:
         return None
-    path = save(options, seed, mi.pieces_of_video(decoder, z, dit.config), dit)
+    path = finish(options, seed, partial(mi.pieces_of_video, decoder, z, dit.config), dit)
     states[seed].remove()
     return path
 
@@ -231,8 +231,9 @@ def states_of(options, seeds, writes):
     states = {}
     for seed in seeds:
         key = mi.digest(recipe | {"seed": seed})
-        path = f"{path_for(options, seed)[:-4]}.{key[:12]}.unfinished.safetensors"
-        states[seed] = mi.State(path, key, writes)
+        begin = os.path.join(options.out, stem_of(options, seed))
+        begin = options.out[:-4] if is_video(options.out) else begin
+        states[seed] = mi.State(f"{begin}.{key[:12]}.unfinished.safetensors", key, writes)
     return states
 
 
@@ -254,11 +255,15 @@ def unfinished(states):
     return seeds
 
 
-def save(options, seed, film, dit):
-    """Write a film, whole or in pieces, and its recipe."""
-    path = new_path(path_for(options, seed))
-    window = options.song, options.start, options.speed
-    mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
+def stem_of(options, seed):
+    song = os.path.splitext(os.path.basename(options.song))[0]
+    return f"{slug(song, 30)}-{slug(options.prompt)}-{seed}"
+
+
+def finish(options, seed, film, dit):
+    """Write a film, or what gives its pieces, and its recipe; returns its path."""
+    stem = stem_of(options, seed)
+    path = save(new_path(options.out, stem), film, dit.config.fps, options)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
     mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
     print(path)
@@ -269,20 +274,26 @@ def is_video(out):
     return out.lower().endswith(".mp4")
 
 
-def path_for(options, seed):
-    """--out itself, or an .mp4 in that folder."""
-    if is_video(options.out):
-        return options.out
-    song = os.path.splitext(os.path.basename(options.song))[0]
-    return os.path.join(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}.mp4")
-
-
-def new_path(path):
-    """With -2, -3, ... where such a video is there."""
+def new_path(out, stem):
+    """A new .mp4 in the folder `out`, or `out` itself; with -2, -3, ... where one is there."""
+    path = out if is_video(out) else os.path.join(out, f"{stem}.mp4")
     begin, n = os.path.splitext(path)[0], 1
     while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
         n += 1
         path = f"{begin}-{n}.mp4"
+    return path
+
+
+def save(path, film, fps, options):
+    """Write the video; under the next free name, where another process took this one meanwhile."""
+    window = options.song, options.start, options.speed
+    try:
+        pieces = film() if callable(film) else film
+        mi.save_video(path, pieces, fps, *window, exclusive=True)
+    except mi.InputError:
+        if not os.path.exists(path):
+            raise
+        return save(new_path(path, ""), film, fps, options)
     return path
 
 
@@ -301,7 +312,7 @@ def read_recipe(path):
             recipe = {"window_frames": recipe["frames"]} | recipe
         names = {field.name for field in fields(Options)} - {"out"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
 
 
