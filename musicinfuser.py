@@ -1262,11 +1262,13 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
         if count != len(options.layers):
             raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
         attach_music(dit, options, shapes[first][1])
+        dit.adapter.rank = dit.adapter.alpha = 0
         for kind in LORA_TARGETS:
             rank = lora_rank(shapes, kind)
             alpha = kwargs.get(f"{kind}_lora_alpha", rank)
             attach_lora(dit, kind, rank, lora_scale * alpha)
-            dit.adapter.rank, dit.adapter.alpha = rank, alpha
+            if rank:  # a file need not have all kinds
+                dit.adapter.rank, dit.adapter.alpha = rank, alpha
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
     fill(dit, path, device, dtype, adapter_parameters(dit))
     for name, p in adapter_parameters(dit).items():
@@ -1514,12 +1516,18 @@ def join_processes(options):
     if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # Some wait long: the first makes a cache for all
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    atexit.register(leave_processes)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+    if not dist.is_initialized():
+        # Some wait long: the first makes a cache for all
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        atexit.register(leave_processes)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), count
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave_processes():

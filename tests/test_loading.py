@@ -93,6 +93,18 @@ def test_an_older_adapter_has_the_defaults_of_what_it_lacks(weights, tmp_path):
         mi.load_adapter(dit, tmp_path / "newer")
 
 
+def test_an_adapter_may_lack_a_kind_of_lora(weights, tmp_path):
+    dit = mi.load_dit(weights / "dit.safetensors")
+    mi.load_adapter(dit, weights / "musicinfuser.safetensors")
+    for kind, other in (("qkv_proj", "out_proj"), ("out_proj", "qkv_proj")):
+        mi.attach_lora(dit, kind, 3, 6.0)
+        randomize(dit.blocks)
+        mi.attach_lora(dit, other, 0, 0.0)
+        mi.save_adapter(dit, tmp_path / kind)
+        loaded = mi.load_adapter(mi.load_dit(weights / "dit.safetensors"), tmp_path / kind)
+        assert (loaded.adapter.rank, loaded.adapter.alpha) == (3, 6.0)
+
+
 # ------------------------------------------------------------------------------------------------
 # Damaged files
 # ------------------------------------------------------------------------------------------------
