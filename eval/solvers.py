@@ -15,6 +15,7 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -25,7 +26,7 @@ from eval.tables import markdown
 from musicinfuser import option
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STEPS = (5, 10, 20, 30, 40)
+STEPS = (5, 10, 15, 20, 30, 40)
 
 
 @dataclass
@@ -225,6 +226,19 @@ def print_table(options, curves):
     seeds = ", ".join(map(str, options.seeds))
     print(f"\nAgainst {options.fine} steps of {options.fine_solver}, the mean of seed {seeds}:\n")
     print(markdown(head, *rows))
+    for solver in [solver for solver in curves if solver != options.solver[0]]:
+        print_equals(options.solver[0], solver, curves)
+
+
+def print_equals(first, solver, curves):
+    """How many evaluations of a solver do what most of the first one's do."""
+    most, points = curves[first][-1], curves[solver]
+    errors = [-np.log(point["rms"]) for point in points]
+    costs = [np.log(point["evaluations"]) for point in points]
+    wanted = -np.log(most["rms"])
+    if min(errors) <= wanted <= max(errors) and errors == sorted(errors):
+        cost = np.exp(np.interp(wanted, errors, costs))
+        print(f"\n{solver} errs like {most['evaluations']:.0f} of {first} after {cost:.0f}")
 
 
 def draw(plt, curves, path):

@@ -148,13 +148,13 @@ def test_processes_that_share_the_layers_end_with_the_same_file(
 
 def test_torchruns_processes_share_the_videos(ranked, weights):
     launch = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
-    run = command(weights, ranked[1], "--batch", "2", out="two", launch=launch)
+    run = command(weights, ranked[1], out="two", launch=launch)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("neighbouring ranks") == 1  # the first process alone reports
     one, two = (
         json.loads((ranked[1] / name / "adaptability.json").read_text()) for name in ("run", "two")
     )
-    assert one["adaptability"] == pytest.approx(two["adaptability"])
+    assert one["adaptability"] == pytest.approx(two["adaptability"], rel=1e-4)
     totals = re.findall(r"100%.*\| (\d+)/(\d+) ", run.stderr)
     assert {total for pair in totals for total in pair} == {"16"}  # 8 videos each, of 2 steps
 
