@@ -56,6 +56,8 @@ def generate(song, prompt, **given):
         mi.TokenParallel(dit)
     elif count > 1:
         seeds, writes = seeds[rank::count], True
+    if not writes:
+        decoder = torch.nn.Identity()  # the first process decodes
     paths = [video(options, seed, dit, decoder, text, null, audio, writes) for seed in seeds]
     print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(options.device):.2f} GB")
     return paths

@@ -233,9 +233,8 @@ def print_table(options, curves):
 def print_equals(first, solver, curves):
     """How many evaluations of a solver do what most of the first one's do."""
     most, points = curves[first][-1], curves[solver]
-    errors = [-np.log(point["rms"]) for point in points]
+    *errors, wanted = (-np.log(max(point["rms"], 1e-12)) for point in [*points, most])
     costs = [np.log(point["evaluations"]) for point in points]
-    wanted = -np.log(most["rms"])
     if min(errors) <= wanted <= max(errors) and errors == sorted(errors):
         cost = np.exp(np.interp(wanted, errors, costs))
         print(f"\n{solver} errs like {most['evaluations']:.0f} of {first} after {cost:.0f}")
