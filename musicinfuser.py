@@ -1645,9 +1645,12 @@ def load_text_encoder(folder, device):
     In host memory it stays in its file, in the file's own dtype, and only the block that computes
     becomes float32: all of T5-XXL would take 19 GB.
     """
-    tensors = [t for path in safetensors_in(folder) for t in read_safetensors(path)[0].values()]
-    dtype = max((t.dtype for t in tensors), key=lambda d: d.itemsize, default=torch.float32)
-    t5 = load_pretrained_model("T5EncoderModel", folder, "cpu", dtype)
+    dtypes = set()
+    for path in safetensors_in(folder):
+        tensors, _ = read_safetensors(path, readonly=True)
+        dtypes |= {t.dtype for t in tensors.values() if t.is_floating_point()}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    t5 = load_pretrained_model("T5EncoderModel", folder, "cpu", widest)
     if torch.device(device).type != "cpu":
         return t5.to(device, torch.float32)
     for name, p in t5.named_parameters():
