@@ -459,8 +459,8 @@ def ab2(velocity, x, steps):
     """Adams and Bashforth's second order for steps of any length, one evaluation a step.
 
     The velocity is extrapolated to the middle of the step, but no further ahead than the last step
-    was long: of n steps, Mochi's schedule makes that at its bend 1 + 76 / n times as long as the
-    one before, and a tiny step's trend does not hold for so long.
+    was long: at its bend Mochi's schedule makes a step 1 + 76 / n times as long as the one before
+    (of an even number n), and the trend of a tiny step does not hold for so long.
     """
     last_v = last_h = None
     for sigma, following in steps:
