@@ -18,6 +18,7 @@ import argparse
 import atexit
 import datetime
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ import tempfile
 import threading
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from fractions import Fraction
 from functools import partial
@@ -655,7 +656,8 @@ def choose_layers(choice, depth, count=None):
 
 
 def check_layers(layers, depth):
-    if not layers or len(set(layers)) < len(layers) or min(layers) < 0 or max(layers) >= depth:
+    numbers = [layer for layer in layers if isinstance(layer, int) and 0 <= layer < depth]
+    if not layers or len(set(numbers)) < len(layers):
         raise InputError(f"layers must be different numbers from 0 to {depth - 1}, not {layers}")
 
 
@@ -712,9 +714,9 @@ class VideoOptions:
     """What is sampled, and how its equation is solved; the defaults are Mochi's."""
 
     size: tuple = option((480, 848), "height and width, multiples of 16", line="video")
-    frames: int = option(73, "6k + 1", line="video")
+    frames: int = option(73, "6k + 1", high=1_000_000, line="video")
     solver: str = option("euler", "of the equation", choices=tuple(SOLVERS), line="solver")
-    steps: int = option(64, "of the solver", low=2, line="solver")
+    steps: int = option(64, "of the solver", low=2, high=100_000, line="solver")
 
 
 @dataclass
@@ -1022,6 +1024,7 @@ def written_whole(path, exclusive=False):
     temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending}")
     try:
         os.makedirs(folder, exist_ok=True)
+        clear_temporaries(folder)
         yield temporary
         if exclusive:
             open(path, "x").close()  # claims the name, or fails; not every disk has hard links
@@ -1031,6 +1034,29 @@ def written_whole(path, exclusive=False):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+@functools.cache  # once a process, or many files in one folder would take long
+def clear_temporaries(folder):
+    """Remove what processes that are gone left half-written."""
+    for name in os.listdir(folder):
+        match = re.match(r"\.tmp(\d+)-", name)
+        if match and not is_running(int(match[1])):
+            path = os.path.join(folder, name)
+            with suppress(FileNotFoundError):  # another process clears it too
+                shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
+
+
+def is_running(process):
+    if process == os.getpid():  # writes nothing yet: one that is gone had the same number
+        return False
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def save_json(path, value):
@@ -1210,8 +1236,10 @@ def read_config(path, metadata, channels):
     config = ModelConfig(**{name: stored[name] for name in names})
     if not all(math.isfinite(n) for n in (config.fps, *config.mean, *config.std)):
         raise ValueError("fps, mean and std are not all numbers")
-    if len(config.mean) != channels or len(config.std) != channels or config.fps <= 0:
-        raise ValueError(f"fps, mean and std do not fit {channels} channels")
+    if len(config.mean) != channels or len(config.std) != channels or min(config.std) <= 0:
+        raise ValueError(f"mean and std do not fit {channels} channels")
+    if not 1 <= config.fps <= 1000:
+        raise ValueError(f"fps is {config.fps}")
     if not isinstance(config.sampling, dict) or not isinstance(config.training, dict):
         raise ValueError("sampling or training are no options")
     return config
@@ -1507,10 +1535,10 @@ def compile_blocks(dit):
 
 def join_processes(options):
     """(rank, count) of this process; its own GPU becomes options.device, only rank 0 prints."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count == "1":
         return 0, 1
-    if "LOCAL_RANK" not in os.environ:
+    if not count.isdecimal() or not {"LOCAL_RANK", "RANK", "MASTER_ADDR"} <= os.environ.keys():
         raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
     backend = "gloo"
     if torch.device(options.device).type == "cuda":
@@ -1522,7 +1550,7 @@ def join_processes(options):
         atexit.register(leave_processes)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
-    return dist.get_rank(), count
+    return dist.get_rank(), dist.get_world_size()
 
 
 def wait_for_all():
@@ -1629,10 +1657,13 @@ def from_pretrained(cls, folder, **more):
         raise InputError(f"cannot load {cls} from {folder}: {reason}") from error
 
 
-def load_pretrained_model(cls, folder, device, dtype=torch.float32):
-    """A model of transformers. Raises InputError where a tensor is missing or wrong."""
+def load_pretrained_model(cls, folder, device, dtype=torch.float32, **config):
+    """A model of transformers. Raises InputError where a tensor is missing or wrong.
+
+    config: what it has in place of the file's.
+    """
     how = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    model, info = from_pretrained(cls, folder, **how)
+    model, info = from_pretrained(cls, folder, **how, **config)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:  # they would be random
             raise InputError(f"{folder} is not a whole {cls}: {kind} {min(map(str, info[kind]))}")
@@ -1692,6 +1723,7 @@ def encode_text(weights, prompts, device="cpu"):
         raise InputError(f"{weights}/tokenizer has more tokens than {weights}/text_encoder knows")
     features = []
     for prompt in prompts:
+        prompt = prompt.encode(errors="replace").decode()  # half a character, as of bad bytes
         ids = tokenizer(prompt).input_ids if prompt.strip() else [0]
         if len(ids) > TEXT_TOKENS:
             cut = f"the prompt has {len(ids)} tokens, only the first {TEXT_TOKENS} are used"
@@ -1727,11 +1759,17 @@ class AudioEncoder:
         if self.normalise.sampling_rate != SAMPLE_RATE:
             rate = self.normalise.sampling_rate
             raise InputError(f"{folder} is for sound at {rate} Hz; Wav2Vec 2.0's is {SAMPLE_RATE}")
-        self.wav2vec = load_pretrained_model("Wav2Vec2Model", folder, device)
+        training = {"mask_time_prob": 0, "mask_feature_prob": 0}  # the released file lacks its mask
+        self.wav2vec = load_pretrained_model("Wav2Vec2Model", folder, device, **training)
 
     @torch.no_grad()
     def __call__(self, waveform):
-        prepared = self.normalise(waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        how = {"sampling_rate": SAMPLE_RATE, "return_tensors": "pt"}
+        try:
+            prepared = self.normalise(waveform.numpy(), **how)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:  # of values in its file
+            name = "audio_encoder's preprocessor_config.json"
+            raise InputError(f"the {name} is not Wav2Vec 2.0's ({error})") from error
         return self.wav2vec(prepared.input_values.to(self.wav2vec.device)).last_hidden_state
 
 
@@ -1747,14 +1785,16 @@ MEDIA_FORMATS = (
 )
 # fmt: on
 STEREO_RATE = 44100  # of the song in a video
+DAY = 24 * 3600  # seconds
 
 
 def ffmpeg_command(path, *arguments):
     """ffmpeg on a local media file, whatever its name; quiet, no questions, no network."""
-    try:
-        ffmpeg = get_ffmpeg_exe()
-    except RuntimeError as error:
-        raise InputError("there is no ffmpeg; pip install imageio[ffmpeg] brings one") from error
+    ffmpeg = None
+    with suppress(RuntimeError):
+        ffmpeg = shutil.which(get_ffmpeg_exe())
+    if not ffmpeg:
+        raise InputError("there is no ffmpeg; pip install imageio[ffmpeg] brings one")
     allowed = ["-protocol_whitelist", "file,pipe", "-format_whitelist", MEDIA_FORMATS]
     source = [*allowed, "-i", "file:" + os.path.abspath(path)]
     return [ffmpeg, "-v", "error", "-nostdin", *source, *map(str, arguments)]
@@ -1790,6 +1830,8 @@ def decode_audio(path, start=0.0, seconds=None):
     sound = torch.from_numpy(samples.reshape(-1, channels).T.copy())
     if not sound.numel():
         raise InputError(f"{path} has no sound at {start:g} s; choose an earlier start")
+    if not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path} has sound at {rate} Hz; convert it, or use another")
     if not sound.isfinite().all():
         raise InputError(f"{path} has samples that are not numbers; convert it, or use another")
     return sound, rate
@@ -1829,11 +1871,15 @@ def count_frames(path, fps=30):
     """How many frames a video has at `fps`, without decoding it. Raises InputError."""
     how = "-map 0:v:0 -c copy -f framecrc -".split()
     packets = ffmpeg(path, *how, purpose="be read as video").decode()
-    unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds
     times = re.findall(r"^0,\s*\S+\s+(-?\d+),\s*(\d+)", packets, re.M)  # shown at, for how long
+    if not times:
+        return 0
+    unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds
     ends = [int(start) + int(length) for start, length in times]
-    starts = [int(start) for start, _ in times]
-    return round((max(ends) - min(starts)) * unit * fps) if times else 0
+    seconds = (max(ends) - min(int(start) for start, _ in times)) * unit
+    if seconds > DAY:  # a damaged file, whose frames would fill any memory
+        raise InputError(f"{path} says that it lasts {float(seconds) / 3600:,.0f} hours; cut it")
+    return round(seconds * fps)
 
 
 def read_frames(path, height, width, fps=30, crop=None):
@@ -1875,7 +1921,7 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
     video: (3, T, H, W) in [-1, 1], or an iterable of such pieces, which are written as they come.
     Written whole or not at all; exclusive: over no other file. Raises InputError where it cannot.
     """
-    with written_whole(path, exclusive) as temporary, tempfile.TemporaryDirectory() as folder:
+    with written_whole(path, exclusive) as temporary, folder_beside(temporary) as folder:
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
@@ -1884,6 +1930,12 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=F
             join = ["-f", "s16le", "-ar", STEREO_RATE, "-ac", 2, "-i", raw]
             join += ["-map", "0:v", "-map", "1:a", "-c:v", "copy", "-c:a", "aac"]
             ffmpeg(silent, *join, "-f", "mp4", "-y", temporary)
+
+
+def folder_beside(temporary):
+    """A folder on the same disk, which goes at the end, or with the next run."""
+    here, name = os.path.split(temporary)
+    return tempfile.TemporaryDirectory(prefix=name.split("-")[0] + "-", dir=here)
 
 
 def write_frames(path, pieces, fps):
@@ -1972,12 +2024,28 @@ def check_options(options, where=""):
             check_number(name, value, f.type, limits)
         elif "choices" in limits and value not in limits["choices"]:
             raise InputError(f"{name} must be one of {', '.join(limits['choices'])}, not {value}")
+        else:
+            check_kind(name, value, f.type, limits.get("parse", int))
     if isinstance(options, VideoOptions):
         check_sizes(options.frames, options.size)
 
 
+def check_kind(name, value, kind, parse):
+    """Of anything but a number; parse: of what a tuple holds. Files can hold other kinds."""
+    items = ()
+    if kind is tuple and isinstance(value, (tuple, range)):
+        items = value
+    elif not isinstance(value, (str, list, tuple) if kind is list else kind):
+        raise InputError(f"{name} cannot be {value!r}")
+    for item in items:
+        number = isinstance(item, (parse, int)) and not isinstance(item, bool)
+        if not (isinstance(item, str) if parse is str else number):
+            raise InputError(f"{name} cannot hold {item!r}")
+
+
 def check_number(name, value, kind, limits):
-    if not isinstance(value, (kind, int)) or isinstance(value, bool) or not math.isfinite(value):
+    number = isinstance(value, (kind, int)) and not isinstance(value, bool)
+    if not number or not -math.inf < value < math.inf:  # a whole one may be beyond any float
         whole = "whole " if kind is int else ""
         raise InputError(f"{name} must be a {whole}number, not {value}")
     low, high = limits.get("low", -math.inf), limits.get("high", 2**63 - 1)
@@ -1993,8 +2061,9 @@ def check_sizes(frames, size):
     if frames < 1 or frames % 6 != 1:
         low = max((frames - 1) // 6 * 6 + 1, 1)
         raise InputError(f"frames must be 6k + 1, such as {low} or {low + 6}, not {frames}")
-    if len(size) != 2 or any(side < 16 or side % 16 for side in size):
-        raise InputError(f"height and width must be multiples of 16, not {shown('size', size)}")
+    if len(size) != 2 or any(side % 16 or not 16 <= side <= 8192 for side in size):
+        limits = "height and width must be multiples of 16, up to 8192"
+        raise InputError(f"{limits}, not {shown('size', size)}")
 
 
 def flag_of(f):
@@ -2135,6 +2204,7 @@ def main(function):
     sys.unraisablehook = swallowed
     try:
         function()
+        sys.stdout.flush()
     except InputError as error:
         sys.exit("error: " + " ".join(str(error).split())[:600])
     except (MemoryError, RuntimeError) as error:
@@ -2142,6 +2212,9 @@ def main(function):
         if not isinstance(error, kinds) and "can't allocate memory" not in str(error):
             raise
         sys.exit("error: out of memory; fewer frames, a smaller size or --offload take less")
+    except BrokenPipeError:  # nobody reads on, as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except KeyboardInterrupt:
         ring_in(0)
         sys.exit("stopped")

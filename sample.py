@@ -153,9 +153,8 @@ def video(options, seed, dit, decoder, text, null, audio, writes=True):
     if not writes:
         return None
     song = os.path.splitext(os.path.basename(options.song))[0]
-    path = new_path(options.out, f"{slug(song, 30)}-{slug(options.prompt)}-{seed}")
-    window = options.song, options.start, options.speed
-    mi.save_video(path, film, dit.config.fps, *window, exclusive=True)
+    stem = f"{slug(song, 30)}-{slug(options.prompt)}-{seed}"
+    path = save(new_path(options.out, stem), film, dit.config.fps, options)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
     mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
     print(path)
@@ -176,6 +175,18 @@ def new_path(out, stem):
     return path
 
 
+def save(path, film, fps, options):
+    """Write the video; under the next free name, where another process took this one meanwhile."""
+    window = options.song, options.start, options.speed
+    try:
+        mi.save_video(path, film, fps, *window, exclusive=True)
+    except mi.InputError:
+        if not os.path.exists(path):
+            raise
+        return save(new_path(path, ""), film, fps, options)
+    return path
+
+
 def slug(text, length=60):
     """A part of a file name, which has 255 bytes at most."""
     text = re.sub(r"[^\w]+", "-", text.lower()).strip("-")
@@ -189,7 +200,7 @@ def read_recipe(path):
             recipe = json.load(file)
         names = {field.name for field in fields(Options)} - {"out", "split"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
 
 

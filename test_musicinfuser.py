@@ -560,3 +560,7 @@ def test_attention_of_the_encoder_leaves_its_input_as_it_is(monkeypatch):
             monkeypatch.setattr(mi.AttentionBlock, limit, 1)  # row by row
             close(block(x), whole, 1e-6)
     assert torch.equal(x, before)
+
+
+def test_cudnn_attention_is_never_chosen():
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # its gradients became NaN for the authors

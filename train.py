@@ -78,6 +78,10 @@ def train(data, **given):
     complete(options, len(outline.blocks))
     if options.rank > outline.width:
         raise mi.InputError(f"--rank must be the model's width, {outline.width}, or less")
+    if outline.width % options.heads:
+        raise mi.InputError(f"--heads must divide the model's width, {outline.width}")
+    if options.init:
+        mi.load_adapter(outline, options.init, options.layers)
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -325,6 +329,8 @@ class Trainer:
     def resume(self):
         """The step to go on from: that of the last save, or 0."""
         start = self.run.load(self.dit, self.optimiser)
+        if start > self.options.steps:
+            raise mi.InputError(f"{self.run.state} says step {start}; delete {self.run.folder}")
         self.workers.begin_alike(self.parameters)
         self.report(start)
         if start == self.options.steps and self.workers.first:

@@ -55,6 +55,7 @@ TEMPLATES = (
     "a {camera} of {who} dancing {genre} in {situation} setting, in a studio with a white backdrop",
 )
 
+CAPTION_LENGTH = 10_000  # characters, more than any prompt's 256 tokens
 VIDEO_ENDINGS = (".mp4", ".mov", ".webm", ".mkv", ".avi")
 
 
@@ -137,7 +138,7 @@ def caption(video):
     if os.path.isfile(path):  # not a folder of that name, nor a link to nowhere
         try:
             with open(path, encoding="utf-8-sig", errors="replace") as file:
-                text = file.read().strip()
+                text = file.read(CAPTION_LENGTH).strip()
         except OSError as error:
             raise mi.InputError(f"{path} cannot be read ({error.strerror})") from error
     return text or WILD_UNTITLED

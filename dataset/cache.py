@@ -7,7 +7,6 @@ damaged is noticed and made again. Its name tells what made it, so nothing here 
 import hashlib
 import json
 import os
-import re
 import zlib
 from contextlib import contextmanager
 
@@ -34,7 +33,7 @@ class Cache:
         self.folder = folder
         with needed_by_all():
             os.makedirs(folder, exist_ok=True)
-            clear_temporaries(folder)
+            mi.clear_temporaries(os.path.abspath(folder))
         self.index = Index(self.path("index.jsonl"))
 
     def path(self, name):
@@ -128,23 +127,3 @@ def checksum(name, tensors):
     for _, tensor in sorted(tensors.items()):
         state.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
-
-
-def clear_temporaries(folder):
-    """Remove what processes that are gone left half-written (see musicinfuser.written_whole)."""
-    for name in os.listdir(folder):
-        match = re.match(r"\.tmp(\d+)-", name)
-        if match and not is_running(int(match[1])):
-            os.remove(os.path.join(folder, name))
-
-
-def is_running(process):
-    if process == os.getpid():  # writes nothing yet: one that is gone had the same number
-        return False
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True

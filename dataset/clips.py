@@ -100,6 +100,8 @@ class Preprocessor:
 
     def clips_of(self, video):
         """[Clip] of one video. Raises InputError: unreadable, too short, too small, silent."""
+        if not os.path.isfile(video.path):  # a pipe of that name would be waited for
+            raise mi.InputError(f"{video.path} is no file")
         content = self.cache.digest_of(video.path)
         starts, size = self.look_at(video, content)
         self.check_size(video, size)

@@ -8,7 +8,6 @@ import re
 from contextlib import suppress
 
 import musicinfuser as mi
-from dataset.cache import clear_temporaries
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
@@ -31,7 +30,7 @@ class RunFolder:
     def __enter__(self):
         if self.first:
             self.lock()
-            clear_temporaries(self.folder)
+            mi.clear_temporaries(os.path.abspath(self.folder))
         return self
 
     def __exit__(self, *_):
@@ -116,6 +115,9 @@ class RunFolder:
         mi.check_names(self.state, shapes, self.shapes_of_state(parameters, tensors))
         if not re.fullmatch(r"\d{1,18}", metadata.get("step", "")):
             raise mi.InputError(f"{self.state} does not say its step; delete {self.folder}")
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise mi.InputError(f"{self.state} is damaged at {name}; delete {self.folder}")
         for name, p in parameters.items():
             p.data.copy_(tensors[f"parameter.{name}"])
             if f"exp_avg.{name}" in tensors:
@@ -153,5 +155,5 @@ def step_of(line):
     """Of a line of the log; a damaged one comes after all others."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return math.inf

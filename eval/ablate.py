@@ -14,9 +14,13 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 import torch
@@ -44,6 +48,8 @@ from musicinfuser import option
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 TINY = os.path.relpath(os.path.join(ROOT, "tiny"))
 SIGMAS = (0.25, 0.5, 0.75, 0.9)
+HEAD = [*(f"gap at sigma {s}" for s in SIGMAS), "held-out loss"]
+KEYS = [*(f"gap_{s}" for s in SIGMAS), "held_out"]
 
 # ----------------------------------------------------------------------------------------------
 # A cell: OUT/<row>-<seed>/ as train.py makes it, output.txt, and result.json once it is finished
@@ -196,11 +202,22 @@ def finished(out):
             folder = os.path.join(out, f"{stem}{seed}")
             result = read_object(os.path.join(folder, "result.json"))
             why = read_object(os.path.join(folder, "failed.json"))
-            if "identity" in result:
+            if is_result(result):
                 results.setdefault(row, {})[seed] = result
             elif why:
                 failed[row] = f"seed {seed}: {why.get('error')}"
     return results, failed
+
+
+def is_result(found):
+    """Whether it is what Cell.finish keeps; if not, it is made again."""
+    numbers = [found.get(key) for key in ("parameters", *KEYS)]
+    if found.get("seconds") is not None:
+        numbers.append(found["seconds"])
+    numbers = [isinstance(n, (int, float)) and abs(n) < 1e300 for n in numbers]
+    identity, words = found.get("identity"), [found.get("layers"), found.get("as", "")]
+    known = isinstance(identity, dict) and {"steps", "batch"} <= identity.keys()
+    return known and "seconds" in found and all(isinstance(w, str) for w in words) and all(numbers)
 
 
 def plan(rows, o, dit, results):
@@ -288,10 +305,6 @@ def seconds_left(left, results):
 # ----------------------------------------------------------------------------------------------
 # The tables of the losses
 # ----------------------------------------------------------------------------------------------
-
-
-HEAD = [*(f"gap at sigma {s}" for s in SIGMAS), "held-out loss"]
-KEYS = [*(f"gap_{s}" for s in SIGMAS), "held_out"]
 
 
 def table(results, failed):

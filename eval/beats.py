@@ -8,6 +8,7 @@ made without music.
 """
 
 import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -125,9 +126,9 @@ class Motion(NamedTuple):
 
 
 def motion_of(path):
-    """The Motion of a video. Raises NoScore for less than a second, InputError."""
+    """The Motion of a video's first SONG_SECONDS. Raises NoScore for less than one, InputError."""
     try:
-        changes = frame_changes(read_film(path))
+        changes = frame_changes(itertools.islice(read_film(path), SONG_SECONDS * FPS))
     except mi.InputError as error:
         raise mi.InputError(str(error) if path in str(error) else f"{path}: {error}") from error
     if len(changes) + 1 < MIN_FRAMES:

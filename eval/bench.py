@@ -23,6 +23,7 @@ import os
 import platform
 import re
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 import torch.distributed as dist

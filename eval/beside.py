@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import musicinfuser as mi
@@ -38,7 +39,7 @@ def recipe_of(video):
 def check_number(path, recipe, name, low, high):
     value = recipe.get(name, low)
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not low <= value <= high or not math.isfinite(value):
+    if not number or not low <= value <= min(high, sys.float_info.max):
         raise mi.InputError(f"{path}: {name} is {value!r}, not a number from {low}")
 
 

@@ -5,6 +5,10 @@ Top to bottom:   the beats' report | the judge's report | the command line
 
 import argparse
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 from tqdm import tqdm

@@ -162,7 +162,9 @@ def answers_of(kept, video, prompt):
     """{name: text} that is kept of a video; empty where another of that name was judged."""
     now = {"sha256": mi.file_digest(video), "prompt": prompt}
     entry = kept["videos"].get(video)
-    if not isinstance(entry, dict) or not now.items() <= entry.items():
+    whole = isinstance(entry, dict) and now.items() <= entry.items()
+    answers = entry.get("answers") if whole else None
+    if not isinstance(answers, dict) or not all(isinstance(a, str) for a in answers.values()):
         entry = kept["videos"][video] = now | {"answers": {}}
     return entry["answers"]
 

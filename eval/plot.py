@@ -10,6 +10,10 @@ Each path is drawn by what it holds:
 import argparse
 import json
 import os
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 

@@ -128,7 +128,7 @@ def load_reference(path, width):
 
 def videos_below(folder):
     """All videos below a folder, sorted. Raises InputError for none."""
-    videos = list_videos(folder)
+    videos = [path for path in list_videos(folder) if os.path.isfile(path)]
     if not videos:
         raise mi.InputError(f"there is no video below {folder}")
     return videos
@@ -222,7 +222,7 @@ class Number:
             with open(path + ".json", encoding="utf-8") as file:
                 found = json.load(file)["score"]
             return found if math.isfinite(found) else None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
             return None
 
     def score(self, measured):

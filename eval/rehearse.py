@@ -14,8 +14,12 @@ import json
 import math
 import os
 import shutil
+import signal
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
 from tqdm import tqdm

@@ -12,8 +12,12 @@ takes minutes with the model in tiny/; a GPU and Mochi's weights take the same c
 
 import json
 import os
+import signal
 from dataclasses import dataclass
 from functools import partial
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 import torch

@@ -1,10 +1,13 @@
 """What the tests share: a weights folder of the smallest sizes, a song, dance videos; nothing is
 fetched, and no trained weights are needed."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import wave
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -127,3 +130,40 @@ def dance_videos(song, tmp_path_factory):
     (folder / "aist" / "gBR_sBM_c01_d02_mBR2_ch09.mp4").write_bytes(b"not a video")
     (folder / "wild" / "a.txt").write_text("a dog on a stage\n")
     return folder
+
+
+def header_of(whole):
+    size = int.from_bytes(whole[:8], "little")
+    return json.loads(whole[8 : 8 + size]), whole[8 + size :]
+
+
+def with_header(header, data):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@contextmanager
+def bounded(seconds=None, size=3 << 30):
+    """Within it, what takes longer fails, and what allocates more, as on a small machine."""
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_DATA)
+    with open("/proc/self/status") as file:
+        (data,) = [line for line in file if line.startswith("VmData")]
+    allowed = 1024 * int(data.split()[1]) + size
+    before = signal.signal(signal.SIGALRM, too_long)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, limits[1]))
+    signal.alarm(seconds or 0)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_DATA, limits)
+        signal.signal(signal.SIGALRM, before)
+
+
+def too_long(*_):
+    raise TimeoutError

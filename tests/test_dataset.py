@@ -16,7 +16,7 @@ from conftest import ROOT
 import musicinfuser as mi
 from dataset import aist, clips
 from dataset.batches import Batch, Samples, stack
-from dataset.cache import Cache, Index, clear_temporaries
+from dataset.cache import Cache, Index
 from dataset.clips import Preprocessor, clip_starts, cut, video_size
 
 # ------------------------------------------------------------------------------------------------
@@ -408,7 +408,7 @@ def test_what_killed_processes_left_is_cleared(tmp_path):
         ".tmp-d",
     )
     touch(tmp_path, ".tmp99999999999999999999-e")
-    clear_temporaries(tmp_path)
+    mi.clear_temporaries(str(tmp_path))
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == sorted([f".tmp{os.getppid()}-b", "c.safetensors", ".tmp-d"])
 

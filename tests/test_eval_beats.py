@@ -1,5 +1,6 @@
 """Beats: every published score against numbers worked out by hand, then the toy world's dances."""
 
+import itertools
 import math
 import os
 import struct
@@ -215,6 +216,13 @@ def test_a_video_of_less_than_a_second_has_no_score(tmp_path):
     mi.save_video(str(tmp_path / "short.mp4"), torch.zeros(3, 7, 32, 32))
     with pytest.raises(bt.NoScore, match="too short to score: 7 frames"):
         bt.motion_of(str(tmp_path / "short.mp4"))
+
+
+def test_a_video_without_end_is_seen_as_long_as_a_song_is_heard(monkeypatch):
+    frames = itertools.cycle(np.random.default_rng(0).integers(0, 255, (7, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(bt, "read_film", lambda path: frames)
+    monkeypatch.setattr(bt, "SONG_SECONDS", 2)
+    assert len(bt.motion_of("a.mp4").changes) == 59
 
 
 def test_no_video_and_a_tiny_one_are_one_line(tmp_path):

@@ -56,6 +56,36 @@ def test_music_tokens(weights, song):
     close(encode(0.1 * waveform + 0.2), encode(waveform), 1e-3)  # loudness is normalised away
 
 
+def test_the_released_wav2vec_loads(weights, song, tmp_path):
+    """It was trained with a head, its weight norm has older names, and it lacks the mask that only
+    training uses. Anything else that is missing is an error."""
+    folder = tmp_path / "audio_encoder"
+    shutil.copytree(weights / "audio_encoder", folder)
+    tensors, metadata = mi.read_safetensors(folder / "model.safetensors")
+    conv, released = "encoder.pos_conv_embed.conv.", {"lm_head.bias": torch.zeros(3)}
+    older = {conv + "parametrizations.weight.original0": conv + "weight_g"}
+    older |= {conv + "parametrizations.weight.original1": conv + "weight_v"}
+    assert older.keys() <= tensors.keys() and "masked_spec_embed" in tensors
+    for name in tensors.keys() - {"masked_spec_embed"}:
+        released[f"wav2vec2.{older.get(name, name)}"] = tensors[name].clone()
+    mi.save_safetensors(folder / "model.safetensors", released, metadata)
+    waveform, _ = mi.music_window(song, 73)
+    close(mi.AudioEncoder(tmp_path)(waveform), mi.AudioEncoder(weights)(waveform), 1e-6)
+    del released["wav2vec2.encoder.layer_norm.bias"]
+    mi.save_safetensors(folder / "model.safetensors", released, metadata)
+    with pytest.raises(mi.InputError, match="not a whole Wav2Vec2Model: .*encoder.layer_norm.bias"):
+        mi.AudioEncoder(tmp_path)
+
+
+def test_t5_is_float32_whatever_its_file_is(weights, tmp_path):
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "text_encoder" / "model.safetensors"
+    tensors, metadata = mi.read_safetensors(path)
+    mi.save_safetensors(path, {k: t.bfloat16() for k, t in tensors.items()}, metadata)
+    t5 = mi.load_pretrained_model("T5EncoderModel", str(path.parent), "cpu")
+    assert {p.dtype for p in t5.parameters()} == {torch.float32}
+
+
 def test_audio_is_the_mean_of_the_channels(tmp_path):
     path = write_wav(tmp_path / "song.wav", np.ones(44100), np.zeros(44100))
     samples = mi.load_audio(path)

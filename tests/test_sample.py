@@ -162,6 +162,21 @@ def test_out_that_exists_is_an_error(run, song, tmp_path, existing):
     assert (tmp_path / existing).read_text() == "precious"
 
 
+def test_a_name_that_another_process_takes_meanwhile_is_left_to_it(
+    run, song, tmp_path, monkeypatch
+):
+    save, path = mi.save_video, tmp_path / "a.mp4"
+
+    def late(wanted, *inputs, **options):
+        path.write_text("precious")
+        save(wanted, *inputs, **options)
+
+    monkeypatch.setattr(mi, "save_video", late)
+    error, output = run(song, PROMPT, "--out", path)
+    assert not error and "a-2.mp4" in output and path.read_text() == "precious"
+    assert mi.count_frames(tmp_path / "a-2.mp4") == 7 and (tmp_path / "a-2.json").exists()
+
+
 @pytest.mark.parametrize("adapter", [(), ("--adapter", "none")])
 def test_music_is_heard_unless_there_is_no_adapter(run, song, tmp_path, videos, adapter):
     for start in (0, 1):

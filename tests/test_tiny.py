@@ -248,7 +248,9 @@ def test_data_takes_a_folder_and_a_number():
 def test_data_is_what_training_finds(tmp_path, monkeypatch):
     from dataset.aist import find_videos
 
-    monkeypatch.setattr(make.Songs, "make", lambda *a: music.compose("HO", 120, 1, 18.0))
+    monkeypatch.setattr(
+        make.Songs, "make", lambda *a: (music.compose("HO", 120, 1, 18.0), 0.5 * np.arange(40))
+    )
     make.make_data(make.parse(["data", str(tmp_path), "--videos", "4"]))
     aist = find_videos(tmp_path / "aist", split="test")
     wild = find_videos(tmp_path / "aist", tmp_path / "wild")

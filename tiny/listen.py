@@ -28,6 +28,7 @@ from tiny.world import FPS, FRAMES
 TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
 CLIP = mi.audio_seconds(FRAMES, FPS)
 WIDTH = 96
+TAUGHT = 0.25  # of the way to the weights that heard more: all of it forgets the world's songs
 SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
@@ -51,6 +52,7 @@ def hear_more(sounds, steps=1100, batch=24, seed=3):
 
     sounds: the folder with sound fonts, drum kits and games.
     """
+    check_sounds(sounds)
     torch.manual_seed(seed)
     teacher, answers = first_encoder(), Answers(seed)
     wav2vec, head = copy.deepcopy(teacher).requires_grad_(), fresh_head()
@@ -63,10 +65,19 @@ def hear_more(sounds, steps=1100, batch=24, seed=3):
             wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
         return distillation_loss(wav2vec, head, crops, wanted)
 
-    fit("hear", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)  # more, and it forgets
+    fit("hear", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)
+    for taught, first in zip(wav2vec.parameters(), teacher.parameters()):
+        taught.data.lerp_(first, 1 - TAUGHT)
     save(wav2vec, in_folder("audio_encoder"))
     for name, pieces in unseen_pieces(sounds, seed).items():
         print_accuracy(name, wav2vec, head, pieces, seed)
+
+
+def check_sounds(folder):
+    """Raises InputError for what is missing, before anything takes long."""
+    music.find_sounds(folder)
+    for packages in (recordings.TRAINING, recordings.VALIDATION):
+        recordings.find_recordings(folder, packages)
 
 
 def first_encoder():

@@ -12,8 +12,12 @@ import json
 import math
 import os
 import shutil
+import signal
 from concurrent.futures import ProcessPoolExecutor
 from string import ascii_uppercase
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import numpy as np
 import torch
@@ -27,7 +31,7 @@ import musicinfuser as mi
 import train
 from dataset.aist import TEST_SONGS
 from eval.quality import reference_statistics
-from tiny import listen, music, world
+from tiny import listen, music, recordings, world
 from tiny.fit import as_bfloat16, fit, named
 from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
@@ -38,11 +42,13 @@ TRAINING = {
     "layers": "all",
     "window": 0,
     "rank": 64,
-    "steps": 1500,
+    "alpha": 128.0,  # the LoRA is what wants strength, not ZICA
+    "steps": 2000,
     "batch": 7,
     "lr": 2e-3,
     "beta": 0.5,  # noise nearer to 1 from the first step to the last
     "half_life": 1e9,
+    "base_prompt_ratio": 0.6,  # so that the music has to choose the dance
     "audio_dropout": 0.1,
 }
 
@@ -246,7 +252,7 @@ def make_prior(options, steps=3000, seed=4):
     fit_prior("prior", dit, steps, 2e-3, seed)
 
 
-def make_further(options, steps=1800, seed=14):
+def make_further(options, steps=1300, seed=14):
     """As much as a laptop does in an hour: stage by stage the prior grows as old as one likes."""
     dit = as_bfloat16(mi.load_dit(in_folder("dit.safetensors")))
     dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
@@ -380,7 +386,8 @@ def make_data(options, seed=5):
     """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere,
     with captions."""
     rng = np.random.default_rng(seed)
-    songs = Songs(os.path.join(os.path.abspath(options.folder), "songs"), options.sounds)
+    folder = os.path.abspath(options.folder)
+    songs = Songs(os.path.join(folder, "songs"), options.sounds)
     aist = options.videos - options.videos // 2
     for i in tqdm(range(options.videos), "toy data", mininterval=10):
         place = "studio" if i < aist else str(rng.choice(world.PLACES[1:]))
@@ -391,54 +398,70 @@ def make_data(options, seed=5):
         ):  # two videos of each song that AIST's split holds out
             name = TEST_SONGS[i // 2]
             scene["genre"], number = name[1:3], int(name[3:])
-        song, tempo = songs.find(scene["genre"], number)
-        start, frames = rng.uniform(0, 14), int(rng.integers(86, 130))
-        beat = (start + torch.arange(frames) / FPS) * tempo / 60
+        frames = int(rng.integers(86, 130))
+        song, start, beat = songs.dance(scene["genre"], number, frames, rng)
         video = mi.from_pixels(world.render(scene, beat))
         if i < aist:
             name = os.path.join("aist", world.aist_name(scene, f"{scene['genre']}{number}", rng))
-            video = F.pad(
-                video, (54, 54, 24, 8), mode="replicate"
-            )  # 172x96: AIST's crop finds the 64x64
+            # 172x96: AIST's crop finds the 64x64
+            video = F.pad(video, (54, 54, 24, 8), mode="replicate")
         else:
             name = os.path.join("wild", f"wild-{i - aist:04d}")
-        path = os.path.join(os.path.abspath(options.folder), name)
-        os.makedirs(os.path.dirname(path), exist_ok=True)
+        path = os.path.join(folder, name)
         if i >= aist:
-            with open(f"{path}.txt", "w") as file:
+            with mi.written_whole(f"{path}.txt") as temporary, open(temporary, "w") as file:
                 file.write(world.caption(scene, rng)[0] + "\n")
         mi.save_video(f"{path}.mp4", video, FPS, song, start)
 
 
 class Songs:
-    """The world's songs as files, made when they are first asked for: a third by the synthesiser, a
-    third as if recorded, a third of sampled instruments."""
+    """The world's songs as files, by four makers in turn: the synthesiser, the same as if it were
+    recorded, sampled instruments, and real recordings, which have no genre of their own."""
 
-    def __init__(self, folder, sounds):
-        self.folder, self.made, self.instruments = folder, {}, None
-        try:
-            self.instruments = listen.sampled_instruments(sounds)
-        except mi.InputError as error:
-            print(f"the synthesiser plays all songs, not two thirds of them: {error}")
+    def __init__(self, folder, sounds, seconds=20.0):
+        self.folder, self.seconds, self.made = folder, seconds, {}
+        self.instruments = installed(listen.sampled_instruments, sounds)
+        found = installed(recordings.pieces_of, sounds, recordings.TRAINING) or []
+        self.recordings = [piece for piece in found if len(piece.samples) > 7 * music.RATE]
 
-    def find(self, genre, number, seconds=20.0):
-        """(path, tempo) of the song m<genre><number>."""
+    def dance(self, genre, number, frames, rng):
+        """(path of the song m<genre><number>, a start in it in seconds, the position of each of
+        so many frames in beats)"""
         path = os.path.join(self.folder, f"m{genre}{number}.wav")
         if path not in self.made:
-            seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
-            rng = np.random.default_rng(seed)
-            tempo = math.exp(rng.uniform(math.log(60), math.log(180)))
-            os.makedirs(self.folder, exist_ok=True)
-            music.save_wav(path, self.make(number % 3, genre, tempo, seed, seconds, rng))
-            self.made[path] = tempo
-        return path, self.made[path]
+            song, beats = self.make(genre, number)
+            music.save_wav(path, song)
+            self.made[path] = len(song) / music.RATE, beats
+        seconds, beats = self.made[path]
+        start = rng.uniform(0, seconds - 6)
+        times = start + np.arange(frames) / FPS
+        return path, start, torch.from_numpy(recordings.beat_at(beats, times)).float()
 
-    def make(self, maker, genre, tempo, seed, seconds, rng):
+    def make(self, genre, number):
+        """(samples, beats in seconds)"""
+        seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
+        rng, maker = np.random.default_rng(seed), number % 4
+        if maker == 3 and self.recordings:
+            piece = self.recordings[rng.integers(len(self.recordings))]
+            samples = piece.samples[: int(self.seconds * music.RATE)]
+            return music.level(samples.astype(np.float32)), piece.beats
+        tempo = math.exp(rng.uniform(math.log(60), math.log(180)))
         if maker == 2 and self.instruments:
-            song = music.play_sampled(genre, tempo, seed, seconds, *self.instruments)
+            song = music.play_sampled(genre, tempo, seed, self.seconds, *self.instruments)
         else:
-            song = music.compose(genre, tempo, seed, seconds)
-        return song if maker == 0 else music.recorded(song, rng)
+            song = music.compose(genre, tempo, seed, self.seconds)
+        if maker > 0:
+            song = music.recorded(song, rng)
+        return song, np.arange(0, self.seconds + 5, 60 / tempo)
+
+
+def installed(find, *where):
+    """What `find` gives, or None where the packages that it wants are not there."""
+    try:
+        return find(*where)
+    except mi.InputError as error:
+        print(f"the synthesiser plays in their place: {error}")
+        return None
 
 
 def make_adapter(options):
@@ -472,6 +495,12 @@ def make_report(options):
     report.report(options.adapter, options.songs, options.sounds)
 
 
+def make_choice(options):
+    from tiny import report
+
+    report.choose(options.adapter, options.songs)
+
+
 # --------------------------------------------------------------------------------------------------
 # The command line
 # --------------------------------------------------------------------------------------------------
@@ -489,9 +518,10 @@ STAGES = {
     "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (takes a FOLDER, --videos)"),
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
     "report": (make_report, "the figures and the pictures (takes --adapter, --songs)"),
+    "choose": (make_choice, "r over guidance, on other songs than the report's"),
     "plain": (make_plain, "plain.safetensors, the paper's ZICA, by train.py on toy/"),
 }
-EXTRA = ("hear", "plain")  # only when they are named: what ships was made without
+EXTRA = ("plain", "choose")  # only when they are named
 # fmt: on
 
 
@@ -507,7 +537,7 @@ def parse(arguments=None):
         "stages",
         nargs="*",
         metavar="STAGE",
-        help="default: all but hear and plain; after data, its FOLDER",
+        help="default: all but plain and choose; after data, its FOLDER",
     )
     add(
         "--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)"

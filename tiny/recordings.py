@@ -3,6 +3,7 @@ game music where two beat trackers agree. They come from Debian's packages; none
 this repository."""
 
 import glob
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from tqdm import tqdm
 
 import musicinfuser as mi
 from tiny.music import FASTEST, RATE, SLOWEST, save_wav
+from tiny.studio import WORK
 
 # fmt: off
 TRAINING = {  # Debian package: its recordings, below --sounds; their licences
@@ -64,20 +66,29 @@ def find_recordings(folder, packages):
 def pieces_of(folder, packages):
     """The parts of the recordings whose beats are known, as Pieces."""
     pieces = []
-    for package, file in tqdm(find_recordings(folder, packages), "recordings", mininterval=10):
+    for _, file in tqdm(find_recordings(folder, packages), "recordings", mininterval=10):
         samples = mi.load_audio(file, 0, LONGEST).numpy()
         chart = os.path.join(os.path.dirname(file), "notes.mid")
         if os.path.exists(chart):
-            guitar = mi.load_audio(
-                os.path.join(os.path.dirname(file), "guitar.ogg"), 0, LONGEST
-            ).numpy()
+            guitar = os.path.join(os.path.dirname(file), "guitar.ogg")
+            guitar = mi.load_audio(guitar, 0, LONGEST).numpy()
             samples = samples[: len(guitar)] + guitar[: len(samples)]
             runs = [chart_beats(chart, len(samples) / RATE)]
         else:
-            runs = agreed_beats(file, samples)
+            runs = kept_beats(file, samples)
         for beats in runs:
             pieces.append(cut_out(samples, beats, file))
     return pieces
+
+
+def kept_beats(file, samples):
+    """agreed_beats, which take seconds a song, kept in work/."""
+    path = os.path.join(WORK, "beats", f"{mi.file_digest(file)}.json")
+    if not os.path.exists(path):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        mi.save_json(path, [beats.tolist() for beats in agreed_beats(file, samples)])
+    with open(path) as kept:
+        return [np.array(beats) for beats in json.load(kept)]
 
 
 def cut_out(samples, beats, source):

@@ -45,15 +45,26 @@ def report(adapter=None, count=32, sounds=None):
         filmed(studio, "people, recordings", people[: len(real)], real)
     except mi.InputError as error:  # they are the user's to install
         print(f"not measured: {error}")
-    films = studio.film([PLAIN] * count, windows_of(songs, 1.0))
-    beats = [beats_of(song, 1.0, FRAMES) for song in songs]
-    share = style(films, beats, [song.genre for song in songs])[0]
-    print(f"style: the dance is the music's genre's in {share:.2f} (chance 0.1)", flush=True)
+    print_style(studio, songs)
     print_long(studio, people[:8], songs[:8])
     print(f"Frechet distance of the prior's clips: {frechet():.3f}")
     if not adapter:
         contact_sheet(in_folder("contact_sheet.jpg"), [*first[2:7], *second[:5]])
         moving_picture(in_folder("dancing.gif"), [*first[:4], *second[:4]])
+
+
+def choose(adapter=None, count=32):
+    """Print what guidance does, on other songs than the report's: the folder's defaults are chosen
+    here."""
+    studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
+    songs, half = unseen_songs(count, seed=78), count // 2
+    prompts = prompts_of("person", half, 78) + prompts_of("dog", count - half, 78)
+    print(f"{half} people, {count - half} dogs")
+    for cfg in (1.5, 2.5):
+        for music_cfg in (2.0, 4.0, 6.0):
+            given = {"cfg": cfg, "music_cfg": music_cfg}
+            filmed(studio, f"cfg {cfg}, music cfg {music_cfg}", prompts, songs, **given)
+            print_style(studio, songs, **given)
 
 
 def prompts_of(subject, count, seed=7):
@@ -67,10 +78,10 @@ def prompts_of(subject, count, seed=7):
 # --------------------------------------------------------------------------------------------------
 
 
-def unseen_songs(count):
+def unseen_songs(count, seed=77):
     """Songs that no stage was trained on, one genre after another, 80 to 144 BPM, so that three
     quarters and five quarters of their tempos lie within what was seen."""
-    return [unseen_song(i, music.compose) for i in range(count)]
+    return [unseen_song(i, music.compose, seed) for i in range(count)]
 
 
 def sampled_songs(count, sounds):
@@ -83,13 +94,13 @@ def sampled_songs(count, sounds):
     return [unseen_song(i, play) for i in range(count)]
 
 
-def unseen_song(i, make):
+def unseen_song(i, make, seed=77):
     genre = list(world.GENRES)[i % len(world.GENRES)]
-    rng = np.random.default_rng((77, i))
+    rng = np.random.default_rng((seed, i))
     tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
-    path = os.path.join(WORK, "songs", f"{make.__name__}-{genre}{i}.wav")
+    path = os.path.join(WORK, "songs", f"{make.__name__}-{seed}-{genre}{i}.wav")
     if not os.path.exists(path):
-        music.save_wav(path, make(genre, tempo, 900_000 + i, 20.0))
+        music.save_wav(path, make(genre, tempo, 10_000 * seed + i, 20.0))
     return Song(path, float(rng.uniform(0, 3)), np.arange(0, 20, 60 / tempo), genre)
 
 
@@ -165,6 +176,13 @@ def middles(beats):
 
 def error(values):
     return np.std(values) / math.sqrt(len(values))
+
+
+def print_style(studio, songs, **given):
+    films = studio.film([PLAIN] * len(songs), windows_of(songs, 1.0), **given)
+    beats = [beats_of(song, 1.0, FRAMES) for song in songs]
+    share = style(films, beats, [song.genre for song in songs])[0]
+    print(f"style: the dance is the music's genre's in {share:.2f} (chance 0.1)", flush=True)
 
 
 def print_long(studio, prompts, songs, frames=271):
