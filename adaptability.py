@@ -5,7 +5,8 @@ guided by itself without layer l (Eq. 4), and score the videos. The better they 
 that guidance, the more adaptable the layer.
 
 What is measured of a video is kept as it ends and never computed again: a run that was killed goes
-on by the same command, and several processes may share a run folder, each with its own --layers.
+on by the same command. Several processes share the videos out, if torchrun starts them, or each has
+its own --layers and all the same run folder.
 """
 
 import itertools
@@ -94,6 +95,7 @@ def rank(**given):
     Raises musicinfuser.InputError, before anything takes long where it can.
     """
     options, dit = mi.begin(Options, "sampling", given)
+    process, processes = mi.join_processes(options)
     depth = len(dit.blocks)
     layers = check(options, depth)
     metric = quality.choose_metric(options)
@@ -105,8 +107,11 @@ def rank(**given):
         return None
     kept.write_settings()
     metric.load(options, dit.config.fps, sampling=bool(todo))
-    if todo:
-        make_videos(todo, options, kept)
+    mi.wait_for_all()  # until all have seen the same to do
+    share = batches_of(todo, options.batch)[process::processes]
+    if share:
+        make_videos(share, options, kept)
+    mi.wait_for_all()
     measured = [kept.read_layer(layer) for layer in (None, *range(depth))]
     lacking = [layer for layer in range(depth) if measured[layer + 1] is None]
     if lacking:
@@ -261,19 +266,27 @@ def folder_digest(options):
 # ----------------------------------------------------------------------------------------------
 
 
-def make_videos(todo, options, kept):
-    """Sample and measure videos, some of a layer at once."""
+def batches_of(todo, size):
+    """[[Video]]: up to so many of a layer, to be sampled at once."""
+    batches = []
+    for _, group in itertools.groupby(todo, lambda video: video.layer):
+        group = list(group)
+        batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
+
+
+def make_videos(batches, options, kept):
+    """Sample and measure the videos of batches."""
     sampler = Sampler(options)
-    with tqdm(total=options.steps * len(todo), unit="step") as bar:
-        for layer, group in itertools.groupby(todo, lambda video: video.layer):
-            group = list(group)
-            bar.set_description(group[0].guide)
-            for start in range(0, len(group), options.batch):
-                batch = [v for v in group[start : start + options.batch] if kept.lacks(v)]
-                progress = partial(counted, bar=bar, amount=len(batch))
-                videos = sampler.videos(layer, batch, progress) if batch else ()
-                for video, pixels in zip(batch, videos):
-                    kept.write(video, pixels, sampler.dit.config.fps)
+    with tqdm(total=options.steps * sum(map(len, batches)), unit="step") as bar:
+        for batch in batches:
+            layer = batch[0].layer
+            bar.set_description(batch[0].guide)
+            batch = [video for video in batch if kept.lacks(video)]
+            progress = partial(counted, bar=bar, amount=len(batch))
+            videos = sampler.videos(layer, batch, progress) if batch else ()
+            for video, pixels in zip(batch, videos):
+                kept.write(video, pixels, sampler.dit.config.fps)
 
 
 def counted(steps, bar, amount):

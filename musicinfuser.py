@@ -460,14 +460,19 @@ def euler(velocity, x, steps, past=None):
 
 
 def ab2(velocity, x, steps, past=None):
-    """Adams and Bashforth's second order for steps of any length, one evaluation a step."""
+    """Adams and Bashforth's second order for steps of any length, one evaluation a step.
+
+    The velocity is extrapolated to the middle of the step, but no further ahead than the last step
+    was long: at its bend Mochi's schedule makes a step 1 + 76 / n times as long as the one before
+    (of an even number n), and the trend of a tiny step does not hold for so long.
+    """
     past = [] if past is None else past
     for sigma, following in steps:
         slope = v = velocity(x, sigma)
         h = sigma - following
         if past:
             last_v, last_h = past
-            slope = v + h / (2 * last_h) * (v - last_v)
+            slope = v + min(h / (2 * last_h), 1) * (v - last_v)
         x = x + h * slope
         past[:] = v, h
     return x
@@ -1448,11 +1453,13 @@ def load_adapter(dit, path, layers=None, lora_scale=1.0):
         if count != len(options.layers):
             raise InputError(f"{path} has ZICA for {count} layers, not for {len(options.layers)}")
         attach_music(dit, options, shapes[first][1])
+        dit.adapter.rank = dit.adapter.alpha = 0
         for kind in LORA_TARGETS:
             rank = lora_rank(shapes, kind)
             alpha = kwargs.get(f"{kind}_lora_alpha", rank)
             attach_lora(dit, kind, rank, lora_scale * alpha)
-            dit.adapter.rank, dit.adapter.alpha = rank, alpha
+            if rank:  # a file need not have all kinds
+                dit.adapter.rank, dit.adapter.alpha = rank, alpha
     device, dtype = dit.pos_frequencies.device, dit.t5_yproj.weight.dtype
     fill(dit, path, device, dtype, adapter_parameters(dit))
     for name, p in adapter_parameters(dit).items():
@@ -1700,12 +1707,18 @@ def join_processes(options):
     if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(options.device)
-    # Some wait long: the first makes a cache for all
-    dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-    atexit.register(leave_processes)
-    if dist.get_rank() > 0:
-        sys.stdout = open(os.devnull, "w")
+    if not dist.is_initialized():
+        # Some wait long: the first makes a cache for all
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
+        atexit.register(leave_processes)
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def leave_processes():
@@ -1807,17 +1820,57 @@ def from_pretrained(cls, folder, **more):
         raise InputError(f"cannot load {cls} from {folder}: {reason}") from error
 
 
-def load_pretrained_model(cls, folder, device, **config):
-    """A model of transformers in float32. Raises InputError where a tensor is missing or wrong.
+def load_pretrained_model(cls, folder, device, dtype=torch.float32, **config):
+    """A model of transformers. Raises InputError where a tensor is missing or wrong.
 
     config: what it has in place of the file's.
     """
-    how = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    how = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
     model, info = from_pretrained(cls, folder, **how, **config)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:  # they would be random
             raise InputError(f"{folder} is not a whole {cls}: {kind} {min(map(str, info[kind]))}")
     return model.to(device).eval()
+
+
+def load_text_encoder(folder, device):
+    """A T5 that computes in float32, as the official code's.
+
+    In host memory it stays in its file, in the file's own dtype, and only the block that computes
+    becomes float32: all of T5-XXL would take 19 GB.
+    """
+    dtypes = set()
+    for path in safetensors_in(folder):
+        tensors, _ = read_safetensors(path, readonly=True)
+        dtypes |= {t.dtype for t in tensors.values() if t.is_floating_point()}
+    widest = max(dtypes, key=lambda dtype: dtype.itemsize, default=torch.float32)
+    t5 = load_pretrained_model("T5EncoderModel", folder, "cpu", widest)
+    if torch.device(device).type != "cpu":
+        return t5.to(device, torch.float32)
+    for name, p in t5.named_parameters():
+        if ".block." not in name:
+            p.data = p.data.float()
+    for block in t5.encoder.block:
+        float32_while_computing(block)
+    return t5
+
+
+def float32_while_computing(block):
+    stored = frozen_weights(block)
+
+    def before(*_):
+        put_weights(block, {name: weight.float() for name, weight in stored.items()})
+
+    def after(*_):
+        put_weights(block, stored)
+
+    block.register_forward_pre_hook(before)
+    block.register_forward_hook(after)
+
+
+def safetensors_in(folder):
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    return [os.path.join(folder, name) for name in names if name.endswith(".safetensors")]
 
 
 @torch.no_grad()
@@ -1828,7 +1881,7 @@ def encode_text(weights, prompts, device="cpu"):
     warning where the rest is cut. An empty prompt has no valid token.
     """
     tokenizer = from_pretrained("AutoTokenizer", os.path.join(weights, "tokenizer"))
-    t5 = load_pretrained_model("T5EncoderModel", os.path.join(weights, "text_encoder"), device)
+    t5 = load_text_encoder(os.path.join(weights, "text_encoder"), device)
     if len(tokenizer) > t5.config.vocab_size:
         raise InputError(f"{weights}/tokenizer has more tokens than {weights}/text_encoder knows")
     features = []
@@ -1847,11 +1900,10 @@ def encode_text(weights, prompts, device="cpu"):
 
 def text_device(weights, device):
     """Where the text encoder goes: the GPU, or host memory where it would not fit there."""
-    folder = os.path.join(weights, "text_encoder")
-    if torch.device(device).type != "cuda" or not os.path.isdir(folder):
+    if torch.device(device).type != "cuda":
         return device
-    files = (os.path.join(folder, name) for name in os.listdir(folder))
-    size = sum(os.path.getsize(path) for path in files if path.endswith(".safetensors"))
+    files = safetensors_in(os.path.join(weights, "text_encoder"))
+    size = sum(map(os.path.getsize, files))
     free, _ = torch.cuda.mem_get_info(device)
     return device if 2.2 * size < free else "cpu"  # a file may have two bytes a number
 

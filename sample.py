@@ -37,7 +37,7 @@ class Options(mi.SamplingOptions, mi.RunOptions):
     start: float = option(0.0, "place in the song, in its own seconds", low=0, line="song")
     speed: float = option(1.0, "1.25 is faster, higher", low=0.1, high=10, line="song")
     out: str = option("outputs", "folder, or an .mp4")
-    split: str = option("tokens", "what torchrun's processes share", choices=("tokens", "seeds"))
+    split: str = option("tokens", "what processes share", choices=("tokens", "seeds", "none"))
 
 
 def generate(song, prompt, **given):
@@ -48,7 +48,7 @@ def generate(song, prompt, **given):
     """
     began = time.time()
     options, dit = mi.begin(Options, "sampling", given | {"song": song, "prompt": prompt})
-    rank, count = mi.join_processes(options)
+    rank, count = (0, 1) if options.split == "none" else mi.join_processes(options)
     check(options, dit)
     if options.whole_song:
         options.frames, options.whole_song = frames_of_song(options, dit.config.fps), False
@@ -65,6 +65,8 @@ def generate(song, prompt, **given):
         mi.TokenParallel(dit)
     elif count > 1:
         seeds, writes = seeds[rank::count], True
+    if not writes:
+        decoder = torch.nn.Identity()  # the first process decodes
     make = partial(video, options)
     if plan:
         states = states_of(options, seeds, writes)
@@ -310,7 +312,7 @@ def read_recipe(path):
             recipe = json.load(file)
         if "frames" in recipe:  # older ones were made all at once
             recipe = {"window_frames": recipe["frames"]} | recipe
-        names = {field.name for field in fields(Options)} - {"out"}
+        names = {field.name for field in fields(Options)} - {"out", "split"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error

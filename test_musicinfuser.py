@@ -524,6 +524,17 @@ def test_solvers_are_of_their_order(solver):
         assert math.log2(coarse / fine) == pytest.approx(ORDERS[solver], abs=0.15)
 
 
+def test_ab2_extrapolates_no_further_than_its_last_step():
+    """At the bend of Mochi's schedule 4 steps grow 20-fold, and 30 steps 3.5-fold."""
+    for steps in (4, 30):
+        lengths = -mi.linear_quadratic_schedule(steps).diff()
+        at_bend = lengths[steps // 2] / lengths[steps // 2 - 1]
+        assert at_bend.item() == pytest.approx(1 + 76 / steps)
+    velocities = iter([1.0, 0.0])
+    x = mi.ab2(lambda *_: next(velocities), 0.0, [(1.0, 0.99), (0.99, 0.0)])
+    assert x == pytest.approx(0.01 + 0.99 * (0 + (0 - 1)))
+
+
 def test_latents_are_normalised_channel_by_channel():
     z = torch.randn(2, 12, 2, 3, 4)
     normal = mi.to_dit_space(z)

@@ -175,8 +175,12 @@ def main():
     videos = list(dict.fromkeys(o.videos))
     if o.protocol:
         out = o.out or "outputs/protocol"
+        o.device, _ = mi.choose_device(o.device)
+        share = mi.join_processes(o)
         where = {"device": o.device, "dtype": o.dtype}
-        videos += protocol(o.songs, out, o.weights, o.adapter, o.seed, **where)
+        videos += protocol(o.songs, out, o.weights, o.adapter, o.seed, share, **where)
+        if share[0] > 0:  # the first process reports
+            return
     if videos:
         report(o, videos)
 

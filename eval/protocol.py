@@ -42,8 +42,12 @@ def protocol_songs(folder):
     return files
 
 
-def protocol(songs, out, weights=None, adapter=None, seed=0, **where):
-    """The paths of the 100 videos, made where they are not there yet. where: device, dtype."""
+def protocol(songs, out, weights=None, adapter=None, seed=0, share=(0, 1), **where):
+    """The paths of the 100 videos, made where they are not there yet.
+
+    share: which of how many processes this is; each makes its own. where: device, dtype.
+    """
+    process, processes = share
     weights = os.path.normpath(weights or mi.default_weights())
     adapter = adapter or os.path.join(weights, "musicinfuser.safetensors")
     videos = []
@@ -52,8 +56,10 @@ def protocol(songs, out, weights=None, adapter=None, seed=0, **where):
         for j, prompt in enumerate(PROMPTS):
             wanted = {"song": song, "prompt": prompt, "weights": weights, "adapter": adapter}
             wanted["seeds"] = [seed + len(videos)]  # each video has its own noise
+            if len(videos) % processes == process:
+                make_video(os.path.join(out, f"{name}-{j}.mp4"), wanted, **where)
             videos.append(os.path.join(out, f"{name}-{j}.mp4"))
-            make_video(videos[-1], wanted, **where)
+    mi.wait_for_all()
     return videos
 
 
@@ -71,7 +77,7 @@ def make_video(video, wanted, **where):
             os.remove(path)
     print(f"making   {video}")
     given = {name: value for name, value in where.items() if value is not None}
-    sample.generate(**wanted | given | {"out": video})
+    sample.generate(**wanted | given | {"out": video, "split": "none"})
 
 
 def check_made_so(video, made, wanted):

@@ -88,11 +88,12 @@ def plan(options, sizes, encoders):
         files = transformer_files(options, sizes)
         files += [File("encoder.safetensors", mi.Encoder(**sizes.vae).state_dict())]
         files += [File("decoder.safetensors", mi.Decoder(**sizes.vae).state_dict())]
+    for file in files:
+        file.tensors = mi.shrunk(file.tensors, dtype)
     for folder, model in encoders.items():
         files += pretrained_files(folder, model, dtype)
     for file in files:
         file.path = os.path.join(options.folder, file.path)
-        file.tensors = mi.shrunk(file.tensors, dtype)
     return files
 
 
@@ -134,11 +135,15 @@ def make_encoders(sizes):
 
 
 def pretrained_files(folder, model, dtype):
-    """The weights of a model of transformers, in shards with an index where they are large."""
-    tensors = dict(model.named_parameters())  # what is tied to another comes once
+    """The weights of a model of transformers, in shards with an index where they are large.
+
+    All are of one dtype, as save_pretrained has them.
+    """
+    named = model.named_parameters()  # what is tied to another comes once
+    tensors = {name: p.to(dtype) for name, p in named}
     shards = [{}]
     for name, tensor in tensors.items():
-        if shards[-1] and nbytes(shards[-1] | {name: tensor}, dtype) > SHARD:
+        if shards[-1] and nbytes(shards[-1] | {name: tensor}) > SHARD:
             shards.append({})
         shards[-1][name] = tensor
     if len(shards) == 1:
@@ -148,8 +153,8 @@ def pretrained_files(folder, model, dtype):
     return [File(f"{folder}/{name}", shard, {"format": "pt"}) for name, shard in files]
 
 
-def nbytes(tensors, dtype):
-    return sum(tensor.nbytes for tensor in mi.shrunk(tensors, dtype).values())
+def nbytes(tensors):
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 # ----------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from functools import partial
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from eval.tables import markdown
 from musicinfuser import option
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-STEPS = (5, 10, 20, 30, 40)
+STEPS = (5, 10, 15, 20, 30, 40)
 
 
 @dataclass
@@ -229,6 +230,18 @@ def print_table(options, curves):
     seeds = ", ".join(map(str, options.seeds))
     print(f"\nAgainst {options.fine} steps of {options.fine_solver}, the mean of seed {seeds}:\n")
     print(markdown(head, *rows))
+    for solver in [solver for solver in curves if solver != options.solver[0]]:
+        print_equals(options.solver[0], solver, curves)
+
+
+def print_equals(first, solver, curves):
+    """How many evaluations of a solver do what most of the first one's do."""
+    most, points = curves[first][-1], curves[solver]
+    *errors, wanted = (-np.log(max(point["rms"], 1e-12)) for point in [*points, most])
+    costs = [np.log(point["evaluations"]) for point in points]
+    if min(errors) <= wanted <= max(errors) and errors == sorted(errors):
+        cost = np.exp(np.interp(wanted, errors, costs))
+        print(f"\n{solver} errs like {most['evaluations']:.0f} of {first} after {cost:.0f}")
 
 
 def draw(plt, curves, path):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -22,10 +23,10 @@ PROMPTS = (PROMPT, "the person dances")
 METRIC = "def score(video):\n    return 100 * float(video[0].square().mean())\n"
 
 
-def command(weights, folder, *arguments, out="run"):
+def command(weights, folder, *arguments, out="run", launch=()):
     """Run adaptability.py in `folder`, with a metric of its own, two prompts and two seeds."""
     (folder / "measured.py").write_text(METRIC)
-    line = [sys.executable, os.path.join(ROOT, "adaptability.py"), "--weights", weights]
+    line = [sys.executable, *launch, os.path.join(ROOT, "adaptability.py"), "--weights", weights]
     line += ["--device", "cpu", "--out", out, "--metric", "measured:score"]
     line += ["--prompts", *PROMPTS, "--seed", 0, 1, *arguments]
     return subprocess.run(list(map(str, line)), cwd=folder, capture_output=True, text=True)
@@ -143,6 +144,19 @@ def test_processes_that_share_the_layers_end_with_the_same_file(
     paths = [ranked[1] / name / "adaptability.json" for name in ("run", "split")]
     assert paths[0].read_bytes() == paths[1].read_bytes()
     assert "4 videos are there" in printed  # the baseline's
+
+
+def test_torchruns_processes_share_the_videos(ranked, weights):
+    launch = "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"
+    run = command(weights, ranked[1], out="two", launch=launch)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("neighbouring ranks") == 1  # the first process alone reports
+    one, two = (
+        json.loads((ranked[1] / name / "adaptability.json").read_text()) for name in ("run", "two")
+    )
+    assert one["adaptability"] == pytest.approx(two["adaptability"], rel=1e-4)
+    totals = re.findall(r"100%.*\| (\d+)/(\d+) ", run.stderr)
+    assert {total for pair in totals for total in pair} == {"16"}  # 8 videos each, of 2 steps
 
 
 def test_a_dry_run_leaves_nothing(weights, tmp_path, capsys):

@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, inputs, randomize, small_dit, with_header
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import musicinfuser as mi
 
@@ -90,6 +93,18 @@ def test_an_older_adapter_has_the_defaults_of_what_it_lacks(weights, tmp_path):
     mi.save_safetensors(tmp_path / "newer", tensors, metadata | {"musicinfuser": newer})
     with pytest.raises(mi.InputError, match="flavour"):
         mi.load_adapter(dit, tmp_path / "newer")
+
+
+def test_an_adapter_may_lack_a_kind_of_lora(weights, tmp_path):
+    dit = mi.load_dit(weights / "dit.safetensors")
+    mi.load_adapter(dit, weights / "musicinfuser.safetensors")
+    for kind, other in (("qkv_proj", "out_proj"), ("out_proj", "qkv_proj")):
+        mi.attach_lora(dit, kind, 3, 6.0)
+        randomize(dit.blocks)
+        mi.attach_lora(dit, other, 0, 0.0)
+        mi.save_adapter(dit, tmp_path / kind)
+        loaded = mi.load_adapter(mi.load_dit(weights / "dit.safetensors"), tmp_path / kind)
+        assert (loaded.adapter.rank, loaded.adapter.alpha) == (3, 6.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -173,7 +188,7 @@ def test_checkpointing_changes_no_bit():
 
 
 @pytest.mark.parametrize("order", ["sampling", "skipping", "training"])
-def test_offloading_fetches_the_next_block_ahead_and_never_holds_three(order):
+def test_offloading_fetches_the_next_block_ahead(order):
     passes = {"sampling": [*range(5)] * 2, "skipping": [0, 2, 3, 4] * 2}
     passes["training"] = [*range(5), *reversed(range(5)), *range(5)]
     offload = object.__new__(mi.Offload)
@@ -186,6 +201,34 @@ def test_offloading_fetches_the_next_block_ahead_and_never_holds_three(order):
         assert 0 <= ahead < 5
     turns = {"sampling": 1, "skipping": 3, "training": 3}[order]  # where nobody can know
     assert right >= len(passes[order]) - turns
+
+
+@pytest.mark.parametrize("skip", [(), (2, 3)])
+def test_offloading_never_holds_three_blocks(monkeypatch, skip):
+    """The copies of a GPU's offloading, made in host memory; their storages are counted."""
+    copied, copies, most = mi.Offload.copied, [], [0]
+
+    def counted(offload, i):
+        weights = {name: weight.clone() for name, weight in copied(offload, i).items()}
+        copies.append(StorageWeakRef(weights["attn.qkv_x.weight"].untyped_storage()))
+        most.append(sum(not copy.expired() for copy in copies))
+        return weights
+
+    stream = SimpleNamespace(synchronize=int, wait_stream=id)  # which do nothing
+    monkeypatch.setattr(mi.Offload, "copied", counted)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    dit = mi.infuse(small_dit(depth=6), [0, 2], rank=2, audio_width=24)
+    offload = mi.Offload(dit, torch.device("cpu"), torch.float32)
+    mi.checkpoint_layers(dit)
+    offload.stream = stream
+    arguments, audio = inputs()
+    for _ in range(2):
+        dit(*arguments, audio, skip).square().sum().backward()
+        with torch.no_grad():
+            dit(*arguments, audio, skip)
+    assert len(copies) > 4 * 4 and max(most) == 2
 
 
 WITHIN = """

@@ -32,6 +32,23 @@ def test_text_tokens_are_those_of_sentencepiece(weights, capsys):
     close(y_feat, wanted, 1e-5)
 
 
+def test_text_is_encoded_in_float32_whatever_the_files_dtype(weights, tmp_path):
+    from transformers import T5EncoderModel
+
+    shutil.copytree(weights, tmp_path / "weights")
+    folder = tmp_path / "weights" / "text_encoder"
+    shutil.rmtree(folder)
+    t5 = T5EncoderModel.from_pretrained(weights / "text_encoder").bfloat16()
+    t5.save_pretrained(folder)
+    encoder = mi.load_text_encoder(str(folder), "cpu")
+    matrix = encoder.encoder.block[0].layer[0].SelfAttention.q
+    assert matrix.weight.dtype == torch.bfloat16  # until it is used
+    found, _ = mi.encode_text(tmp_path / "weights", [PROMPT])[0]
+    t5.float().save_pretrained(folder)
+    wanted, _ = mi.encode_text(tmp_path / "weights", [PROMPT])[0]
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
 def test_music_tokens(weights, song):
     waveform, _ = mi.music_window(song, 73)
     encode = mi.AudioEncoder(weights)

@@ -1,5 +1,6 @@
 """Several processes, by torchrun on the CPU: the same numbers as one."""
 
+import json
 import os
 import subprocess
 import sys
@@ -126,3 +127,33 @@ def test_sampling_over_processes_makes_the_same_videos(weights, song, tmp_path, 
         frames = [[*mi.read_frames(tmp_path / out / name, 32, 32)] for out in ("one", "two")]
         apart = max(abs(a.astype(int) - b).max() for a, b in zip(*frames))
         assert len(frames[0]) == 7 and apart <= 2
+
+
+PROTOCOL = """
+import os, sample
+from eval import protocol
+
+def generate(song, prompt, *, out, split, seeds, **options):
+    assert split == "none"
+    made = {"song": song, "prompt": prompt, "seed": seeds[0], "by": rank}
+    mi.save_json(os.path.splitext(out)[0] + ".json", made | options)
+    open(out, "x").close()
+
+sample.generate, protocol.PROMPTS = generate, protocol.PROMPTS[:2]
+videos = protocol.protocol(folder, folder + "/out", "some", share=(rank, count))
+assert len(videos) == 20 and all(map(os.path.exists, videos))
+"""
+
+
+def test_protocols_videos_are_shared_out(tmp_path):
+    for i in range(10):
+        (tmp_path / f"{i}.wav").write_bytes(b"")
+    (tmp_path / "run").mkdir()
+    join, _, _ = JOIN.partition("folder, stored")
+    (tmp_path / "run" / "run.py").write_text(join + "folder = sys.argv[1]\n" + PROTOCOL)
+    for _ in range(2):  # the second time they are there
+        run = torchrun(2, tmp_path / "run" / "run.py", tmp_path)
+        assert run.returncode == 0, run.stderr
+    recipes = [json.loads(path.read_text()) for path in (tmp_path / "out").glob("*.json")]
+    assert sorted(recipe["seed"] for recipe in recipes) == list(range(20))
+    assert {recipe["seed"] % 2 == recipe["by"] for recipe in recipes} == {True}

@@ -101,6 +101,15 @@ def test_table_is_printed_and_matplotlib_may_be_missing(measured, given, monkeyp
     assert sum(line.startswith("no picture: ") for line in lines) == 1
 
 
+def test_equal_errors_lie_between_the_measured_ones(capsys):
+    euler = [{"evaluations": n, "rms": 1 / n} for n in (10, 40)]
+    ab2 = [{"evaluations": n, "rms": 10 / n**2} for n in (10, 40)]
+    solvers.print_equals("euler", "ab2", {"euler": euler, "ab2": ab2})
+    assert capsys.readouterr().out == "\nab2 errs like 40 of euler after 20\n"  # 10 / 20^2 = 1 / 40
+    solvers.print_equals("euler", "ab2", {"euler": euler, "ab2": ab2[:1]})  # never so exact
+    assert capsys.readouterr().out == ""
+
+
 def test_picture_is_drawn(measured, given):
     pytest.importorskip("matplotlib")
     out, _ = measured

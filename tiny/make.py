@@ -37,7 +37,8 @@ from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
-SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "steps": 40, "cfg": 2.5, "music_cfg": 4.0}
+SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "solver": "ab2", "steps": 20}
+SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0}  # of `choose`
 TRAINING = {
     "layers": "all",
     "window": 0,
