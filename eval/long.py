@@ -249,7 +249,10 @@ def print_song(films):
     print(markdown(list(JOIN_AND_DRIFT.values()), [f"{scores[key]:.2f}" for key in JOIN_AND_DRIFT]))
     rows = zip(("first", "middle", "last"), scores["thirds"])
     rows = [[name, f"{r:.2f}", f"{tempo:.2f}"] for name, (r, tempo) in rows]
-    print("\n" + markdown(["third", "r", "tempo of motion / of music"], *rows))
+    print(
+        "\n"
+        + markdown(["third", "r", "tempo of motion / of music (of both, in the middle)"], *rows)
+    )
 
 
 def print_cost(films):
