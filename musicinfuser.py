@@ -788,6 +788,7 @@ MOCHI_STD = (
     0.881393668867029, 0.9168315692124348, 0.9185249279345552, 0.9274757570805041,
 )
 # fmt: on
+MOCHI_LONGEST = 163  # frames: genmo makes up to 5.4 s at once
 
 
 @dataclass

@@ -28,7 +28,7 @@ class Options(mi.SamplingOptions, mi.RunOptions):
     song: str = option("", "any audio or video file", positional=True, line="song")
     prompt: str = option("", 'such as "a dog dancing"', positional=True)
     whole_song: bool = option(False, "as many frames as the song has, from --start on")
-    window_frames: int = option(None, "more are made in windows; default: the weights' own frames")
+    window_frames: int = option(None, "more are made in windows; default: as trained")
     adapter: str = option(None, "file, or none; default: the weights' own", line="weights")
     lora_scale: float = option(1.0, "how strongly the adapter's LoRA counts", line="weights")
     skip_scale: float = option(1.0, "guidance scale of what --skip's layers add", line="solver")
@@ -91,7 +91,7 @@ def check(options, dit):
         mi.load_adapter(dit, options.adapter)
     mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     if options.window_frames is None:
-        options.window_frames = dit.config.sampling.get("frames", mi.VideoOptions.frames)
+        options.window_frames = dit.config.sampling.get("frames", mi.MOCHI_LONGEST)
     needed = ("text_encoder", "tokenizer", "audio_encoder")[: 2 if options.adapter == "none" else 3]
     for folder in (os.path.join(options.weights, name) for name in needed):
         if not os.path.isdir(folder):
