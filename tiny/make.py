@@ -43,13 +43,11 @@ TRAINING = {
     "layers": "all",
     "window": 0,
     "rank": 64,
-    "alpha": 128.0,  # the LoRA is what wants strength, not ZICA
-    "steps": 2000,
+    "steps": 1500,
     "batch": 7,
     "lr": 2e-3,
     "beta": 0.5,  # noise nearer to 1 from the first step to the last
     "half_life": 1e9,
-    "base_prompt_ratio": 0.6,  # so that the music has to choose the dance
     "audio_dropout": 0.1,
 }
 
