@@ -875,6 +875,11 @@ def latent_frames(frames):
     return (frames - 1) // 6 + 1
 
 
+def longest_at_once(config):
+    """Frames that a model makes well at once; longer videos are made in windows."""
+    return config.sampling.get("frames", MOCHI_LONGEST)
+
+
 def to_dit_space(z, mean=MOCHI_MEAN, std=MOCHI_STD):
     """Latents (B, 12, T, H, W) from the VAE's space to the transformer's: mean 0, deviation 1."""
     return (z - per_channel(mean, z)) / per_channel(std, z)

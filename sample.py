@@ -91,7 +91,7 @@ def check(options, dit):
         mi.load_adapter(dit, options.adapter)
     mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     if options.window_frames is None:
-        options.window_frames = dit.config.sampling.get("frames", mi.MOCHI_LONGEST)
+        options.window_frames = mi.longest_at_once(dit.config)
     needed = ("text_encoder", "tokenizer", "audio_encoder")[: 2 if options.adapter == "none" else 3]
     for folder in (os.path.join(options.weights, name) for name in needed):
         if not os.path.isdir(folder):

@@ -150,7 +150,7 @@ class Films:
 
     def __init__(self, options, config):
         self.options, self.fps = options, config.fps
-        self.window = config.sampling.get("frames", mi.VideoOptions.frames)
+        self.window = mi.longest_at_once(config)
         self.encoder = mi.load_encoder(os.path.join(options.weights, "encoder.safetensors"))
         names = "weights", "device", "dtype", "offload", "compile", "solver", "steps"
         self.given = {name: getattr(options, name) for name in names}
@@ -189,10 +189,9 @@ class Films:
 
     def timed(self, seconds):
         frames = seconds * self.fps // 6 * 6 + 1
-        flags = {"weights": "weights", "device": "device", "dtype": "dtype", "solver": "solver"}
         line = [sys.executable, os.path.join(ROOT, "sample.py"), self.given["song"], PROMPTS[0]]
         line += ["--frames", frames, "--steps", self.options.timed_steps]
-        for name in flags:
+        for name in ("weights", "device", "dtype", "solver"):
             line += [f"--{name}", self.given[name]]
         with tempfile.TemporaryDirectory() as folder:
             line = [*map(str, line), "--out", folder]
@@ -218,7 +217,7 @@ JOIN_AND_DRIFT = {
 
 def report(**given):
     """Measure what is missing, print the tables, write the contact sheet. Raises InputError."""
-    own = {"solver": "ab2", "steps": 20, "frames": 271}  # not what the weights prefer
+    own = {name: getattr(Options, name) for name in ("solver", "steps", "frames")}  # not theirs
     options, dit = mi.begin(Options, "sampling", own | given)
     if options.quick:
         options = replace(options, **QUICK)

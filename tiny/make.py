@@ -252,7 +252,7 @@ def make_prior(options, steps=3000, seed=4):
 
 
 def make_further(options, steps=1300, seed=14):
-    """As much as a laptop does in an hour: stage by stage the prior grows as old as one likes."""
+    """dit.safetensors goes on from the weights that are there, on other batches."""
     dit = as_bfloat16(mi.load_dit(in_folder("dit.safetensors")))
     dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
     fit_prior("further", dit, steps, 1.5e-3, seed)

@@ -1,5 +1,6 @@
 """What came of it: the figures of README's table, and its pictures."""
 
+import itertools
 import math
 import os
 from typing import NamedTuple
@@ -57,14 +58,13 @@ def choose(adapter=None, count=32):
     """Print what guidance does, on other songs than the report's: the folder's defaults are chosen
     here."""
     studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
-    songs, half = unseen_songs(count, seed=78), count // 2
-    prompts = prompts_of("person", half, 78) + prompts_of("dog", count - half, 78)
-    print(f"{half} people, {count - half} dogs")
-    for cfg in (1.5, 2.5):
-        for music_cfg in (2.0, 4.0, 6.0):
-            given = {"cfg": cfg, "music_cfg": music_cfg}
-            filmed(studio, f"cfg {cfg}, music cfg {music_cfg}", prompts, songs, **given)
-            print_style(studio, songs, **given)
+    songs = unseen_songs(count, seed=78)
+    for cfg, music_cfg in itertools.product((1.5, 2.5), (4.0, 7.0)):
+        given = {"cfg": cfg, "music_cfg": music_cfg}
+        for subject in ("person", "dog"):
+            name = f"{subject}, cfg {cfg}, music cfg {music_cfg}"
+            filmed(studio, name, prompts_of(subject, count, 78), songs, **given)
+        print_style(studio, songs, **given)
 
 
 def prompts_of(subject, count, seed=7):
