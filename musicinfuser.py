@@ -244,7 +244,8 @@ class DiT(nn.Module):
     def listen(self, audio, frames):
         """{layer: keys and values} of audio (B or 1, A, D_audio) for that many latent frames."""
         assert self.adapter, "a model without an adapter cannot hear: infuse or load_adapter first"
-        tokens = self.audio_projection(audio, frames)  # (B or 1, T, D)
+        fps = None if self.adapter.window is None else self.config.fps
+        tokens = self.audio_projection(audio, frames, fps)  # (B or 1, T, D)
         zicas = zip(self.adapter.layers, self.audio_cross_attn_blocks)
         return {layer: zica.keys_and_values(tokens) for layer, zica in zicas}
 
@@ -286,15 +287,23 @@ class AdapterOptions:
 
 
 class AudioProjection(nn.Module):
-    """Wav2Vec tokens (B, A, D_audio) to one a latent frame, (B, T, D): the nearest in time."""
+    """Wav2Vec tokens (B, A, D_audio) to one a latent frame, (B, T, D).
+
+    fps None: spread evenly, as the authors do, by which 2.40 s of pictures hear 2.31 s of music.
+    Else the token that is heard half-way through a frame's pictures: its own moment.
+    """
 
     def __init__(self, audio_width, width):
         super().__init__()
         self.projection = nn.Sequential(Linear(audio_width, width), nn.SiLU(), Linear(width, width))
 
-    def forward(self, audio, frames):
+    def forward(self, audio, frames, fps=None):
         tokens = self.projection(audio).transpose(1, 2)  # (B, D, A)
-        return F.interpolate(tokens, size=frames, mode="nearest").transpose(1, 2)
+        if fps is None:
+            return F.interpolate(tokens, size=frames, mode="nearest").transpose(1, 2)
+        shown = (6 * torch.arange(frames, device=audio.device) - 2.5).clamp(min=0) / fps  # seconds
+        nearest = (50 * (shown - 0.0125)).round().long()  # a token's middle is at 0.02 n + 0.0125 s
+        return tokens[:, :, nearest.clamp(0, tokens.shape[2] - 1)].transpose(1, 2)
 
 
 class ZICA(nn.Module):
@@ -423,22 +432,21 @@ def guided_velocity(dit, shape, text, null, audio, guidance):
     text, null: (y_feat, y_mask) of the prompt and of the empty or negative one; both hear `audio`.
     """
     full = conditioned(dit, shape, *text, audio)
-    no_text = conditioned(dit, shape, *null, audio)
-    no_music = conditioned(dit, shape, *text, None)
+    away = []  # (scale, velocity): from what the guidance leads away, and how far
+    if guidance.cfg != 1:
+        away.append((guidance.cfg - 1, conditioned(dit, shape, *null, audio)))
+    if guidance.music_cfg and audio is not None:
+        away.append((guidance.music_cfg, conditioned(dit, shape, *text, None)))
+    if guidance.skip and guidance.skip_scale:
+        away.append((guidance.skip_scale, partial(full, skip=guidance.skip)))
+    branches = [(1 + sum(scale for scale, _ in away), full)]
+    branches += [(-scale, without) for scale, without in away]
+    return getattr(dit, "mix", mixed)(branches)  # BranchParallel has its own
 
-    def velocity(x, sigma):
-        v = guided = full(x, sigma)
-        if guidance.cfg != 1:
-            v_null = no_text(x, sigma)
-            guided = v_null + guidance.cfg * (v - v_null)
-        if guidance.music_cfg and audio is not None:
-            guided = guided + guidance.music_cfg * (v - no_music(x, sigma))
-        if guidance.skip and guidance.skip_scale:
-            without = full(x, sigma, skip=guidance.skip)
-            guided = guided + guidance.skip_scale * (v - without)
-        return guided
 
-    return velocity
+def mixed(branches):
+    """velocity(x, sigma): the sum of velocities by their weights, [(weight, velocity)]."""
+    return lambda x, sigma: sum(weight * branch(x, sigma) for weight, branch in branches)
 
 
 def conditioned(dit, shape, *inputs):
@@ -1787,6 +1795,30 @@ class TokenParallel:
         received = sent.new_empty(sum(lengths))
         dist.all_to_all_single(received, sent, lengths, [part.numel() for part in parts])
         return [flat.view(shape) for flat, shape in zip(received.split(lengths), shapes)]
+
+
+class BranchParallel:
+    """Each process computes some of the guidance's branches; the only exchange is their sum.
+
+    Raises InputError where there are more processes than branches.
+    """
+
+    def __init__(self, dit):
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
+        dit.mix = self.mix
+
+    def mix(self, branches):
+        if len(branches) < self.count:
+            n, hint = len(branches), "share its tokens out instead: --split tokens"
+            raise InputError(f"the guidance has {n} branches for {self.count} processes; {hint}")
+        own = mixed(branches[self.rank :: self.count])
+
+        def velocity(x, sigma):
+            v = own(x, sigma)
+            dist.all_reduce(v)
+            return v
+
+        return velocity
 
 
 def shard_blocks(dit, device, dtype):

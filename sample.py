@@ -20,6 +20,8 @@ from tqdm import tqdm
 import musicinfuser as mi
 from musicinfuser import option
 
+SPLITS = ("tokens", "branches", "seeds", "none")  # a video's tokens, its guidance's branches
+
 
 @dataclass
 class Options(mi.SamplingOptions, mi.RunOptions):
@@ -37,7 +39,7 @@ class Options(mi.SamplingOptions, mi.RunOptions):
     start: float = option(0.0, "place in the song, in its own seconds", low=0, line="song")
     speed: float = option(1.0, "1.25 is faster, higher", low=0.1, high=10, line="song")
     out: str = option("outputs", "folder, or an .mp4")
-    split: str = option("tokens", "what processes share", choices=("tokens", "seeds", "none"))
+    split: str = option("tokens", "what processes share", choices=SPLITS)
 
 
 def generate(song, prompt, **given):
@@ -63,6 +65,8 @@ def generate(song, prompt, **given):
     seeds, writes = options.seeds, rank == 0
     if count > 1 and options.split == "tokens":
         mi.TokenParallel(dit)
+    elif count > 1 and options.split == "branches":
+        mi.BranchParallel(dit)
     elif count > 1:
         seeds, writes = seeds[rank::count], True
     if not writes:

@@ -259,6 +259,19 @@ def test_music_is_resized_to_the_nearest_token(tokens, frames):
     close(project(audio, frames), wanted, 1e-6)
 
 
+@pytest.mark.parametrize("frames, fps", [(13, 30), (46, 30), (4, 24), (3, 60)])
+def test_a_frame_that_hears_its_own_moment_hears_what_sounds_with_its_pictures(frames, fps):
+    """Every token says when it is heard; by this clock the frames' pictures are shown."""
+    count = int(50 * mi.audio_seconds(6 * (frames - 1) + 1, fps))
+    project = mi.AudioProjection(1, 1).requires_grad_(False)
+    project.projection = torch.nn.Identity()
+    heard = (0.02 * torch.arange(count) + 0.0125)[None, :, None]  # seconds
+    found = project(heard, frames, fps)[0, :, 0]
+    pictures = [[0]] + [range(6 * t - 5, 6 * t + 1) for t in range(1, frames)]
+    shown = torch.tensor([sum(several) / len(several) / fps for several in pictures])
+    assert (found[1:] - shown[1:]).abs().max() < 0.01001 and found[0] == heard[0, 0]
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_lora_is_scaled_by_alpha_over_rank(bias):
     plain = torch.nn.Linear(6, 9, bias=bias)

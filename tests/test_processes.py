@@ -34,6 +34,20 @@ save_file(velocities, f"{folder}/out-{rank}.safetensors")
 """
 
 
+BRANCHES = """
+mi.load_adapter(dit, folder + "/adapter.safetensors")
+mi.BranchParallel(dit)
+text, null = arguments[2:], [arguments[2], arguments[3] & False]
+options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_cfg": 2.0 * ("music" in sys.argv)}
+
+def main():
+    z = mi.sample(dit, arguments[0], text, null, stored["audio"], **options)
+    save_file({"sampled": z}, f"{folder}/out-{rank}.safetensors")
+
+mi.main(main)
+"""
+
+
 def torchrun(count, *command, **environment):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line += ["--nproc_per_node", str(count), *map(str, command)]
@@ -68,6 +82,28 @@ def test_tokens_shared_by_processes_give_the_same_velocity(tmp_path, count, head
         found = load_file(tmp_path / f"out-{rank}.safetensors")
         for name, velocity in wanted.items():
             assert (found[name] - velocity).abs().max() < 1e-5 * velocity.abs().max()
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_branches_shared_by_processes_give_the_same_latents(tmp_path, count):
+    dit, arguments, audio = stored(tmp_path, 2)
+    (tmp_path / "run.py").write_text(JOIN + BRANCHES)
+    run = torchrun(count, tmp_path / "run.py", tmp_path, "music")
+    assert run.returncode == 0, run.stderr
+    text, null = arguments[2:], (arguments[2], arguments[3] & False)
+    options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_cfg": 2.0}
+    wanted = mi.sample(dit, arguments[0], text, null, audio, **options)
+    for rank in range(count):
+        found = load_file(tmp_path / f"out-{rank}.safetensors")["sampled"]
+        assert (found - wanted).abs().max() < 1e-5 * wanted.abs().max()
+
+
+def test_more_processes_than_branches_are_one_line(tmp_path):
+    stored(tmp_path, 2)
+    (tmp_path / "run.py").write_text(JOIN + BRANCHES)
+    run = torchrun(3, tmp_path / "run.py", tmp_path)
+    assert run.returncode == 1
+    assert "error: the guidance has 2 branches for 3 processes; " in run.stderr
 
 
 def test_processes_that_do_not_divide_the_heads_are_one_line(tmp_path):
@@ -112,7 +148,7 @@ def test_sharded_blocks_give_the_same_gradients(tmp_path):
             assert (found[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
 
 
-@pytest.mark.parametrize("split", ["tokens", "seeds"])
+@pytest.mark.parametrize("split", ["tokens", "branches", "seeds"])
 def test_sampling_over_processes_makes_the_same_videos(weights, song, tmp_path, split):
     more = ["--weights", weights, "--device", "cpu", "--seed", 0, 1]
     both = ["sample.py", song, PROMPT, *more, "--split", split, "--out", tmp_path / "two"]

@@ -2,7 +2,7 @@
 
 python -m tiny.make                           every stage, one after another
 python -m tiny.make vae text                  these stages
-python -m tiny.make data toy --videos 640     the toy AIST set, for train.py
+python -m tiny.make data toy                  the toy AIST set, for train.py
 python -m tiny.make report --adapter FILE     what an adapter has learnt
 """
 
@@ -382,35 +382,53 @@ SONGS = 24  # of each genre, as mBR0, mBR1, ...: AIST has six
 
 
 def make_data(options, seed=5):
-    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people elsewhere,
-    with captions."""
+    """FOLDER/aist: people in the studio, framed as AIST's are; FOLDER/wild: people and rabbits
+    anywhere, with captions. Dogs are nowhere."""
     rng = np.random.default_rng(seed)
     folder = os.path.abspath(options.folder)
     songs = Songs(os.path.join(folder, "songs"), options.sounds)
     aist = options.videos - options.videos // 2
-    for i in tqdm(range(options.videos), "toy data", mininterval=10):
-        place = "studio" if i < aist else str(rng.choice(world.PLACES[1:]))
-        scene = world.draw_scene(rng, subject="person", place=place)
-        number = int(rng.integers(SONGS))
-        if i < min(
-            2 * len(TEST_SONGS), aist
-        ):  # two videos of each song that AIST's split holds out
-            name = TEST_SONGS[i // 2]
-            scene["genre"], number = name[1:3], int(name[3:])
-        frames = int(rng.integers(86, 130))
-        song, start, beat = songs.dance(scene["genre"], number, frames, rng)
-        video = mi.from_pixels(world.render(scene, beat))
-        if i < aist:
-            name = os.path.join("aist", world.aist_name(scene, f"{scene['genre']}{number}", rng))
-            # 172x96: AIST's crop finds the 64x64
-            video = F.pad(video, (54, 54, 24, 8), mode="replicate")
-        else:
-            name = os.path.join("wild", f"wild-{i - aist:04d}")
-        path = os.path.join(folder, name)
-        if i >= aist:
-            with mi.written_whole(f"{path}.txt") as temporary, open(temporary, "w") as file:
-                file.write(world.caption(scene, rng)[0] + "\n")
-        mi.save_video(f"{path}.mp4", video, FPS, song, start)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        films = []
+        for i in tqdm(range(options.videos), "songs", mininterval=10):
+            drawn = draw_aist(rng, i, aist) if i < aist else draw_wild(rng, i - aist)
+            path, scene, song, text = drawn
+            danced = songs.dance(*song, int(rng.integers(86, 130)), rng)
+            path = os.path.join(folder, path)
+            films.append(pool.submit(film_dance, path, scene, text, *danced))
+        for film in tqdm(films, "toy data", mininterval=10):
+            film.result()
+
+
+def draw_aist(rng, i, count):
+    """(path, scene, song, None) of a video of AIST's kind; song: (genre, number). The first are
+    two of each song that AIST's split holds out."""
+    scene = world.draw_scene(rng, subject="person", place="studio")
+    number = int(rng.integers(SONGS))
+    if i < min(2 * len(TEST_SONGS), count):
+        name = TEST_SONGS[i // 2]
+        scene["genre"], number = name[1:3], int(name[3:])
+    name = world.aist_name(scene, f"{scene['genre']}{number}", rng)
+    return os.path.join("aist", name), scene, (scene["genre"], number), None
+
+
+def draw_wild(rng, i):
+    """The same of another video, with its caption."""
+    scene = world.draw_scene(rng, subject=str(rng.choice(["person", "person", "rabbit"])))
+    song = scene["genre"], int(rng.integers(SONGS))
+    return os.path.join("wild", f"wild-{i:04d}"), scene, song, world.caption(scene, rng)[0]
+
+
+def film_dance(path, scene, text, song, start, beat):
+    """path.mp4: the scene, danced to a song from `start`; path.txt, where there is a text."""
+    torch.set_num_threads(1)
+    video = mi.from_pixels(world.render(scene, beat))
+    if text is None:  # 172x96: AIST's crop finds the 64x64
+        video = F.pad(video, (54, 54, 24, 8), mode="replicate")
+    else:
+        with mi.written_whole(f"{path}.txt") as temporary, open(temporary, "w") as file:
+            file.write(text + "\n")
+    mi.save_video(f"{path}.mp4", video, FPS, song, start)
 
 
 class Songs:
@@ -538,9 +556,7 @@ def parse(arguments=None):
         metavar="STAGE",
         help="default: all but plain and choose; after data, its FOLDER",
     )
-    add(
-        "--videos", type=int, default=640, help="of data, half of them of AIST's kind (default 640)"
-    )
+    add("--videos", type=int, default=1600, help="of data, half of AIST's kind (default 1600)")
     add(
         "--sounds",
         default="/usr/share",
