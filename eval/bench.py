@@ -272,7 +272,8 @@ class Way:
     device: str = "cpu"
     offload: bool = False
     compile: bool = False
-    processes: int = 1  # that share a video's tokens, or the frozen blocks in training
+    processes: int = 1  # that share a video, or the frozen blocks in training
+    split: str = "tokens"  # what they share of a video; or "branches"
 
 
 @torch.inference_mode()
@@ -323,7 +324,7 @@ def sample_step(size, depth, frames, **way):
     if way.compile:
         mi.compile_blocks(dit)
     if way.processes > 1:
-        mi.TokenParallel(dit)
+        {"tokens": mi.TokenParallel, "branches": mi.BranchParallel}[way.split](dit)
     inputs = random_inputs(dit, mi.latent_frames(frames), size.latents, size.text)
     if way.by == "diffusers":
         step = diffusers_step(dit, way, *inputs)
@@ -528,7 +529,8 @@ def tiny_table(size, paths):
 
 def processes_table(size, paths):
     title = "Several processes on this machine, two blocks, two latent frames, float32"
-    runs = [step_run(sample_step, 2, 7, processes=processes) for processes in (1, 2)]
+    runs = [step_run(sample_step, 2, 7)]
+    runs += [step_run(sample_step, 2, 7, processes=2, split=s) for s in ("tokens", "branches")]
     runs += [step_run(train_step, 2, 7, processes=processes) for processes in (1, 2)]
     return title, ("what", "frames", "processes", "s", "peak, GB"), runs
 
@@ -554,6 +556,7 @@ def gpu_table(size, paths):
     for step in (sample_step, train_step):
         for processes in (2, 4, 8):
             runs.append(step_run(step, depth, first, processes=processes, **GPU))
+    runs.append(step_run(sample_step, depth, first, processes=2, split="branches", **GPU))
     for frames in size.gpu_frames:
         for by in ("ours", "diffusers", "diffusers, tiled"):
             cells = {"what": "decode", "frames": frames, "by": by}
@@ -567,6 +570,8 @@ def step_run(measurement, depth, frames, **way):
     cells["blocks"] = ("resident", "offloaded")[shown.offload]
     cells["compiled"] = ("no", "yes")[shown.compile]
     cells["processes"] = shown.processes
+    if shown.processes > 1 and measurement is sample_step:
+        cells["processes"] = f"{shown.processes}, by {shown.split}"
     return Run(cells, measurement, (depth, frames), way)
 
 

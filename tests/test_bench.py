@@ -54,9 +54,10 @@ def test_offloaded_and_resident_steps_are_the_same():
     assert torch.equal(*velocities)
 
 
-def test_two_processes_share_a_step():
-    run = table_of("processes")[2][1]
-    assert run.cells["processes"] == 2
+@pytest.mark.parametrize("n, split", [(1, "tokens"), (2, "branches")])
+def test_two_processes_share_a_step(n, split):
+    run = table_of("processes")[2][n]
+    assert run.cells["processes"] == f"2, by {split}"
     [row] = bench.rows_of(run, quick=True)
     assert row["s"] > 0, row
 

@@ -43,7 +43,7 @@ TRAINING = {
     "layers": "all",
     "window": 0,
     "rank": 64,
-    "steps": 1500,
+    "steps": 2000,
     "batch": 7,
     "lr": 2e-3,
     "beta": 0.5,  # noise nearer to 1 from the first step to the last
