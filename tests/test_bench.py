@@ -76,7 +76,7 @@ def test_command_prints_tables(monkeypatch, capsys):
     train, gpu = [[line for line in part if line[:1] == "|"] for part in parts]
     assert train[:2] == ["| dtype | s | MFU | peak, GB |", "| --- | --- | --- | --- |"]
     assert train[2:] == [f"| {dtype} | 0.25 | 0.5 | 1 |" for dtype in mi.DTYPES]
-    assert len(gpu) == 2 + 8 + 4 + 6 + 3
+    assert len(gpu) == 2 + 8 + 4 + 7 + 3
     assert all(line.count("|") == gpu[0].count("|") for line in gpu)
     assert all("not measured: there is no GPU here" in line for line in gpu[2:])
 

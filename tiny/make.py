@@ -509,7 +509,10 @@ def make_song(options, tempo=112, seconds=24, rate=22050):
 def make_report(options):
     from tiny import report
 
-    report.report(options.adapter, options.songs, options.sounds)
+    if options.prompts:
+        report.of_prompts(options.prompts, options.adapter, options.songs)
+    else:
+        report.report(options.adapter, options.songs, options.sounds)
 
 
 def make_choice(options):
@@ -534,7 +537,7 @@ STAGES = {
     "layers": (make_layers, "reference.safetensors, adaptability.json"),
     "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (takes a FOLDER, --videos)"),
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
-    "report": (make_report, "the figures and the pictures (takes --adapter, --songs)"),
+    "report": (make_report, "the figures and the pictures (takes --adapter, --songs, --prompts)"),
     "choose": (make_choice, "r over guidance, on other songs than the report's"),
     "plain": (make_plain, "plain.safetensors, the paper's ZICA, by train.py on toy/"),
 }
@@ -564,6 +567,7 @@ def parse(arguments=None):
     )
     add("--adapter", help="of report: another adapter's file")
     add("--songs", type=int, default=32, help="of report: of how many songs (default 32)")
+    add("--prompts", nargs="+", help="of report: only these, such as 'a person dancing in a park'")
     options = parser.parse_args(arguments)
     options.folder = "toy"
     if (

@@ -37,8 +37,8 @@ def report(adapter=None, count=32, sounds=None):
     first = filmed(studio, "people", people, songs)
     second = filmed(studio, "dogs", dogs, songs)
     print_lag(first, songs)
-    filmed(studio, "'a person dancing'", ["a person dancing"] * count, songs)
-    filmed(studio, "'a dog dancing'", ["a dog dancing"] * count, songs)
+    for prompt in ("a person dancing", "a dog dancing"):
+        filmed(studio, prompt, [prompt] * count, songs)
     for speed in (0.75, 1.25):
         filmed(studio, f"people, speed {speed}", people, songs, speed)
         filmed(studio, f"dogs, speed {speed}", dogs, songs, speed)
@@ -55,6 +55,13 @@ def report(adapter=None, count=32, sounds=None):
     if not adapter:
         contact_sheet(in_folder("contact_sheet.jpg"), [*first[2:7], *second[:5]])
         moving_picture(in_folder("dancing.gif"), [*first[:4], *second[:4]])
+
+
+def of_prompts(prompts, adapter=None, count=32):
+    """Print the figures of some prompts alone."""
+    studio, songs = Studio(adapter or in_folder("musicinfuser.safetensors")), unseen_songs(count)
+    for prompt in prompts:
+        filmed(studio, prompt, [prompt] * count, songs)
 
 
 def choose(adapter=None, count=32):
