@@ -1,10 +1,11 @@
 """Model files: strict loading, damaged headers, memory, offloading."""
 
+import contextlib
 import json
 import os
+import pathlib
 import subprocess
 import sys
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -217,7 +218,7 @@ def test_offloading_never_holds_three_blocks(monkeypatch, skip):
     stream = SimpleNamespace(synchronize=int, wait_stream=id)  # which do nothing
     monkeypatch.setattr(mi.Offload, "copied", counted)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
     dit = mi.infuse(small_dit(depth=6), [0, 2], rank=2, audio_width=24)
     offload = mi.Offload(dit, torch.device("cpu"), torch.float32)
@@ -289,7 +290,17 @@ def test_loading_as_bfloat16_needs_little_more_than_the_model(tmp_path):
 
 @LINUX
 def test_small_files_keep_no_file_open(tmp_path):
-    mi.save_safetensors(tmp_path / "a", {"x": torch.zeros(9)})
-    before = len(os.listdir("/proc/self/fd"))
-    held = [mi.read_safetensors(tmp_path / "a") for _ in range(50)]
-    assert len(held) == 50 and len(os.listdir("/proc/self/fd")) <= before
+    path = tmp_path / "a"
+    mi.save_safetensors(path, {"x": torch.zeros(9)})
+    held = [mi.read_safetensors(path) for _ in range(50)]
+    assert len(held) == 50 and path not in open_files()
+    with open(path, "rb"):
+        assert path in open_files()
+
+
+def open_files():
+    found = set()
+    for number in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):  # listdir's own
+            found.add(pathlib.Path(os.readlink(f"/proc/self/fd/{number}")))
+    return found

@@ -10,7 +10,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 import musicinfuser as mi
-from tiny.studio import WORK
+from tiny.studio import DTYPE, WORK
 
 
 def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
@@ -40,8 +40,7 @@ def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
 
 class Fit:
     """Muon for the matrices, AdamW for the rest, on float32 copies of the parameters, so that
-    bfloat16 ones (four times as fast where the CPU has AMX) lose nothing; and the moving average
-    of the copies."""
+    bfloat16 ones lose nothing; and the moving average of the copies."""
 
     def __init__(self, name, parameters, decay=0.998):
         self.path = os.path.join(WORK, f"{name}.safetensors")
@@ -117,9 +116,9 @@ def named(**modules):
     return parameters
 
 
-def as_bfloat16(module):
-    """The matrices, as load_dit does; trainable."""
+def in_dtype(module):
+    """The matrices in DTYPE, as load_dit does; trainable."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Conv2d, nn.Conv3d)):
-            layer.to(torch.bfloat16)
+            layer.to(DTYPE)
     return module.requires_grad_(True)

@@ -22,7 +22,7 @@ import musicinfuser as mi
 from tiny import music, recordings, world
 from tiny.fit import fit, named
 from tiny.recordings import Piece
-from tiny.studio import WORK, in_folder
+from tiny.studio import DTYPE, WORK, in_folder
 from tiny.world import FPS, FRAMES
 
 TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
@@ -242,7 +242,7 @@ class Answers:
 
 
 def hear(wav2vec, crops):
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
         y = wav2vec(waves([crop.rough for crop in crops])).last_hidden_state
     return y.float()  # (B, A, WIDTH)
 

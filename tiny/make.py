@@ -32,8 +32,8 @@ import train
 from dataset.aist import TEST_SONGS
 from eval.quality import reference_statistics
 from tiny import listen, music, recordings, world
-from tiny.fit import as_bfloat16, fit, named
-from tiny.studio import HERE, WORK, Captions, frozen_encoder, in_folder
+from tiny.fit import fit, in_dtype, named
+from tiny.studio import DTYPE_NAME, HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
@@ -42,6 +42,7 @@ SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0}  # of `choose`
 TRAINING = {
     "layers": "all",
     "window": 0,
+    "wild_ratio": 2.0,
     "rank": 64,
     "steps": 2000,
     "batch": 7,
@@ -82,7 +83,7 @@ def fresh_vae():
     attention = (False, False, False, True, True)
     encoder = mi.Encoder((24, 40, 72, 88), (0, 1, 2, 2, 1), attention=attention)
     decoder = mi.Decoder((88, 72, 56, 24), (2, 2, 2, 2, 0))
-    return as_bfloat16(encoder), as_bfloat16(decoder)
+    return in_dtype(encoder), in_dtype(decoder)
 
 
 def silent_clips(count, seed):
@@ -246,14 +247,14 @@ SHORT, LONG = (5000, FRAMES, 4), (240, 271, 104)  # clips, frames, seed
 
 def make_prior(options, steps=3000, seed=4):
     mean, std = (moment.tolist() for moment in moments(latents_of(*SHORT)[0]))
-    dit = as_bfloat16(fresh_dit(seed))
+    dit = in_dtype(fresh_dit(seed))
     dit.config = mi.ModelConfig(FPS, tuple(mean), tuple(std), SAMPLING, TRAINING)
     fit_prior("prior", dit, steps, 2e-3, seed)
 
 
 def make_further(options, steps=1300, seed=14):
     """dit.safetensors goes on from the weights that are there, on other batches."""
-    dit = as_bfloat16(mi.load_dit(in_folder("dit.safetensors")))
+    dit = in_dtype(mi.load_dit(in_folder("dit.safetensors")))
     dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
     fit_prior("further", dit, steps, 1.5e-3, seed)
 
@@ -370,7 +371,7 @@ def make_layers(options, clips=200, seeds=2):
         in_folder("reference.safetensors"), *reference_statistics(videos, frozen_encoder())
     )
     out = os.path.join(WORK, "adaptability")
-    adaptability.rank(weights=HERE, seeds=range(seeds), out=out, dtype="bfloat16")
+    adaptability.rank(weights=HERE, seeds=range(seeds), out=out, dtype=DTYPE_NAME)
     shutil.copyfile(os.path.join(out, "adaptability.json"), in_folder("adaptability.json"))
 
 
@@ -414,7 +415,8 @@ def draw_aist(rng, i, count):
 
 def draw_wild(rng, i):
     """The same of another video, with its caption."""
-    scene = world.draw_scene(rng, subject=str(rng.choice(["person", "person", "rabbit"])))
+    who, where = str(rng.choice(["person", "rabbit"])), str(rng.choice(world.PLACES))
+    scene = world.draw_scene(rng, subject=who, place=where)
     song = scene["genre"], int(rng.integers(SONGS))
     return os.path.join("wild", f"wild-{i:04d}"), scene, song, world.caption(scene, rng)[0]
 
@@ -586,6 +588,7 @@ def parse(arguments=None):
 
 def main():
     options = parse()
+    print(f"device   cpu, dtype {DTYPE_NAME}", flush=True)
     for stage in options.stages or [stage for stage in STAGES if stage not in EXTRA]:
         STAGES[stage][0](options)
 

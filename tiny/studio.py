@@ -11,6 +11,9 @@ from tiny.world import FPS, FRAMES
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WORK = os.path.join(HERE, "work")  # unfinished stages, songs that nothing was trained on
+# Of the matrices: four times as fast where the CPU has AMX, a hundred times as slow without AVX-512
+DTYPE_NAME = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+DTYPE = mi.DTYPES[DTYPE_NAME]
 
 
 def in_folder(name):
@@ -19,7 +22,7 @@ def in_folder(name):
 
 @cache
 def frozen_encoder():
-    return mi.load_encoder(in_folder("encoder.safetensors"), dtype=torch.bfloat16)
+    return mi.load_encoder(in_folder("encoder.safetensors"), dtype=DTYPE)
 
 
 class Captions:
@@ -37,7 +40,7 @@ class Captions:
 
 
 class Studio:
-    def __init__(self, adapter=None, dtype=torch.bfloat16):
+    def __init__(self, adapter=None, dtype=DTYPE):
         """adapter: a file, or None for the prior alone."""
         self.dit = mi.load_dit(in_folder("dit.safetensors"), dtype=dtype)
         self.decoder = mi.load_decoder(in_folder("decoder.safetensors"), dtype=dtype)
