@@ -37,7 +37,7 @@ from tiny.studio import DTYPE_NAME, HERE, WORK, Captions, frozen_encoder, in_fol
 from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
-SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "solver": "ab2", "steps": 20}
+SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "solver": "ab2", "steps": 15}
 SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0}  # of `choose`
 TRAINING = {
     "layers": "all",
@@ -257,6 +257,14 @@ def make_further(options, steps=1300, seed=14):
     dit = in_dtype(mi.load_dit(in_folder("dit.safetensors")))
     dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
     fit_prior("further", dit, steps, 1.5e-3, seed)
+
+
+def make_settings(options):
+    """dit.safetensors prefers what stands above; its weights stay to the bit."""
+    path = in_folder("dit.safetensors")
+    tensors, metadata = mi.read_safetensors(path)
+    config = json.loads(metadata["config"]) | {"sampling": SAMPLING, "training": TRAINING}
+    mi.save_safetensors(path, tensors, {"config": json.dumps(config)})
 
 
 def fit_prior(name, dit, steps, lr, seed):
@@ -541,9 +549,10 @@ STAGES = {
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
     "report": (make_report, "the figures and the pictures (takes --adapter, --songs, --prompts)"),
     "choose": (make_choice, "r over guidance, on other songs than the report's"),
+    "settings": (make_settings, "dit.safetensors: its preferences in sampling and training alone"),
     "plain": (make_plain, "plain.safetensors, the paper's ZICA, by train.py on toy/"),
 }
-EXTRA = ("plain", "choose")  # only when they are named
+EXTRA = ("choose", "settings", "plain")  # only when they are named
 # fmt: on
 
 
@@ -559,7 +568,7 @@ def parse(arguments=None):
         "stages",
         nargs="*",
         metavar="STAGE",
-        help="default: all but plain and choose; after data, its FOLDER",
+        help="default: all but choose, settings and plain; after data, its FOLDER",
     )
     add("--videos", type=int, default=1600, help="of data, half of AIST's kind (default 1600)")
     add(
