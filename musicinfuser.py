@@ -422,6 +422,9 @@ class Guidance:
 
     cfg: float = option(6.0, "guidance scale of the text (Eq. 3)", line="solver")
     music_cfg: float = option(0.0, "guidance scale of the music", line="solver")
+    music_above: float = option(
+        0.0, "... at noise levels from here to 1 (arXiv 2404.07724)", low=0, high=1, line="solver"
+    )
     skip: tuple = option((), "layers to leave out (Eq. 4)", parse=int, line="solver")
     skip_scale: float = option(0.0, "guidance scale of what they add", line="solver")
 
@@ -431,22 +434,28 @@ def guided_velocity(dit, shape, text, null, audio, guidance):
 
     text, null: (y_feat, y_mask) of the prompt and of the empty or negative one; both hear `audio`.
     """
-    full = conditioned(dit, shape, *text, audio)
-    away = []  # (scale, velocity): from what the guidance leads away, and how far
-    if guidance.cfg != 1:
-        away.append((guidance.cfg - 1, conditioned(dit, shape, *null, audio)))
-    if guidance.music_cfg and audio is not None:
-        away.append((guidance.music_cfg, conditioned(dit, shape, *text, None)))
-    if guidance.skip and guidance.skip_scale:
-        away.append((guidance.skip_scale, partial(full, skip=guidance.skip)))
-    branches = [(1 + sum(scale for scale, _ in away), full)]
-    branches += [(-scale, without) for scale, without in away]
-    return getattr(dit, "mix", mixed)(branches)  # BranchParallel has its own
+    g, full = guidance, conditioned(dit, shape, *text, audio)
+    away = []  # (scale, lowest noise level, velocity): from what the guidance leads away, how far
+    if g.cfg != 1:
+        away.append((g.cfg - 1, 0, conditioned(dit, shape, *null, audio)))
+    if g.music_cfg and audio is not None:
+        away.append((g.music_cfg, g.music_above, conditioned(dit, shape, *text, None)))
+    if g.skip and g.skip_scale:
+        away.append((g.skip_scale, 0, partial(full, skip=g.skip)))
+    mix = getattr(dit, "mix", mixed)  # BranchParallel has its own
+
+    def velocity(x, sigma):
+        here = [(scale, without) for scale, low, without in away if sigma[0] >= low]
+        branches = [(1 + sum(scale for scale, _ in here), full)]
+        branches += [(-scale, without) for scale, without in here]
+        return mix(branches, x, sigma)
+
+    return velocity
 
 
-def mixed(branches):
-    """velocity(x, sigma): the sum of velocities by their weights, [(weight, velocity)]."""
-    return lambda x, sigma: sum(weight * branch(x, sigma) for weight, branch in branches)
+def mixed(branches, x, sigma):
+    """The sum of velocities by their weights, [(weight, velocity)]."""
+    return sum(weight * branch(x, sigma) for weight, branch in branches)
 
 
 def conditioned(dit, shape, *inputs):
@@ -1807,18 +1816,14 @@ class BranchParallel:
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         dit.mix = self.mix
 
-    def mix(self, branches):
-        if len(branches) < self.count:
-            n, hint = len(branches), "share its tokens out instead: --split tokens"
+    def mix(self, branches, x, sigma):
+        n, hint = len(branches), "share its tokens out instead: --split tokens"
+        if n < self.count and sigma[0] == 1:  # where every branch guides
             raise InputError(f"the guidance has {n} branches for {self.count} processes; {hint}")
-        own = mixed(branches[self.rank :: self.count])
-
-        def velocity(x, sigma):
-            v = own(x, sigma)
-            dist.all_reduce(v)
-            return v
-
-        return velocity
+        own = branches[self.rank :: self.count]
+        v = mixed(own, x, sigma) if own else torch.zeros_like(x)
+        dist.all_reduce(v)
+        return v
 
 
 def shard_blocks(dit, device, dtype):

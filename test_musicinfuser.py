@@ -497,6 +497,14 @@ def test_guidance_is_equations_3_and_4(guidance, factor):
     close(z, noise * math.prod(1 + h * factor for h in (0.3, 0.5, 0.2)), 1e-4)
 
 
+def test_music_guides_down_to_a_noise_level():
+    noise, mask = torch.randn(2, 12, 1, 2, 2), torch.ones(1, 1, dtype=torch.bool)
+    text, audio = (torch.full((1, 1, 1), 0.3), mask), torch.full((1, 1, 1), 0.2)
+    guidance = {"cfg": 1, "music_cfg": 2, "music_above": 0.7}
+    z = mi.sample(fake_dit, noise, text, text, audio, sigmas=[1, 0.7, 0.2, 0], **guidance)
+    close(z, noise * (1 + 0.3 * 0.9) * (1 + 0.5 * 0.9) * (1 + 0.2 * 0.5), 1e-4)
+
+
 def test_guidance_that_is_misspelt_is_an_error():
     with pytest.raises(TypeError, match="cgf"):
         mi.sample(fake_dit, torch.randn(1, 12, 1, 2, 2), (), (), sigmas=[1, 0], cgf=3)

@@ -13,7 +13,7 @@ takes minutes with the model in tiny/; a GPU and Mochi's weights take the same c
 import json
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 
 if __name__ == "__main__":
@@ -107,7 +107,7 @@ class Equation:
         """Latents (1, 12, T, H, W) in DiT space."""
         o = self.options
         noise = mi.noise_for(seed, self.dit.config, o.frames, o.size).to(o.device)
-        guidance = {name: getattr(o, name) for name in ("cfg", "music_cfg", "skip", "skip_scale")}
+        guidance = {name: getattr(o, name) for name in GUIDANCE}
         sigmas = mi.linear_quadratic_schedule(steps)
         progress = partial(tqdm, desc=name_of(seed, solver, steps), leave=False)
         how = dict(sigmas=sigmas, solver=solver, progress=progress, **guidance)
@@ -174,8 +174,9 @@ def path_of(options):
     return os.path.join(options.out, "errors.json")
 
 
+GUIDANCE = [f.name for f in fields(mi.Guidance)]
 IDENTITY = "prompt", "negative", "start", "speed", "size", "frames", "lora_scale", "dtype", "device"
-IDENTITY += "cfg", "music_cfg", "skip", "skip_scale", "fine", "fine_solver"
+IDENTITY += *GUIDANCE, "fine", "fine_solver"
 
 
 def identity(options):

@@ -38,7 +38,8 @@ BRANCHES = """
 mi.load_adapter(dit, folder + "/adapter.safetensors")
 mi.BranchParallel(dit)
 text, null = arguments[2:], [arguments[2], arguments[3] & False]
-options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_cfg": 2.0 * ("music" in sys.argv)}
+options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_above": 0.6}
+options["music_cfg"] = 2.0 * ("music" in sys.argv)
 
 def main():
     z = mi.sample(dit, arguments[0], text, null, stored["audio"], **options)
@@ -91,7 +92,7 @@ def test_branches_shared_by_processes_give_the_same_latents(tmp_path, count):
     run = torchrun(count, tmp_path / "run.py", tmp_path, "music")
     assert run.returncode == 0, run.stderr
     text, null = arguments[2:], (arguments[2], arguments[3] & False)
-    options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_cfg": 2.0}
+    options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "music_cfg": 2.0, "music_above": 0.6}
     wanted = mi.sample(dit, arguments[0], text, null, audio, **options)
     for rank in range(count):
         found = load_file(tmp_path / f"out-{rank}.safetensors")["sampled"]
