@@ -1,14 +1,12 @@
 """The music encoder: a small Wav2Vec 2.0 that is taught the beat's phase, the tempo and the genre.
 
-First on the world's own songs alone (`teach`). Then it goes on with sampled instruments and
-recordings (`hear_more`), and learns to say of each what it first said of a song of the world's with
-the same beats: so an adapter that follows the first encoder follows the second.
+First on the world's own songs alone (`teach`), then on sampled instruments and recordings too
+(`hear_more`).
 """
 
-import copy
 import math
 import os
-import shutil
+from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import NamedTuple
 
@@ -22,55 +20,47 @@ import musicinfuser as mi
 from tiny import music, recordings, world
 from tiny.fit import fit, named
 from tiny.recordings import Piece
-from tiny.studio import DTYPE, WORK, in_folder
+from tiny.studio import DTYPE, in_folder
 from tiny.world import FPS, FRAMES
 
 TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
 CLIP = mi.audio_seconds(FRAMES, FPS)
 WIDTH = 96
-TAUGHT = 0.25  # of the way to the weights that heard more: all of it forgets the world's songs
 SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
 
 
-def teach(steps=700, batch=24, seed=3):
+def teach(steps=700, seed=3):
     """audio_encoder/, on the world's own songs alone."""
     torch.manual_seed(seed)
     wav2vec, head = fresh_wav2vec(), fresh_head()
-    kinds = [synthesised_pieces(500, seed)]
-
-    def loss(step):
-        rng = np.random.default_rng((seed, step))
-        return beat_loss(wav2vec, head, draw_crops(kinds, (1,), *crop_sizes(step, batch), rng))
-
-    fit("audio", named(wav2vec=wav2vec, head=head), loss, steps, 1.5e-3)
-    save(wav2vec, in_folder("audio_encoder"))
+    learn("audio", wav2vec, head, [synthesised_pieces(500, seed)], (1,), steps, 1.5e-3, seed)
     print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
 
 
-def hear_more(sounds, steps=1100, batch=24, seed=3):
-    """audio_encoder/ goes on with every kind of music; what it was stays in work/first_encoder.
+def hear_more(sounds, steps=1200, seed=3):
+    """audio_encoder/ goes on with every kind of music.
 
     sounds: the folder with sound fonts, drum kits and games.
     """
     check_sounds(sounds)
     torch.manual_seed(seed)
-    teacher, answers = first_encoder(), Answers(seed)
-    wav2vec, head = copy.deepcopy(teacher).requires_grad_(), fresh_head()
-    kinds = training_pieces(sounds, seed)
+    folder = in_folder("audio_encoder")
+    wav2vec = mi.load_pretrained_model("Wav2Vec2Model", folder, "cpu").requires_grad_()
+    head, kinds = fresh_head(), training_pieces(sounds, seed)
+    learn("hear", wav2vec, head, kinds, SHARES, steps, 1e-3, seed)
+    for name, pieces in unseen_pieces(sounds, seed).items():
+        print_accuracy(name, wav2vec, head, pieces, seed)
+
+
+def learn(name, wav2vec, head, kinds, shares, steps, lr, seed, batch=24):
+    """Train both on crops of these kinds of pieces, by their shares, and keep the encoder."""
 
     def loss(step):
         rng = np.random.default_rng((seed, step))
-        crops = draw_crops(kinds, SHARES, *crop_sizes(step, batch), rng)
-        with torch.no_grad():
-            wanted = teacher(waves([answers.to(crop, rng) for crop in crops])).last_hidden_state
-        return distillation_loss(wav2vec, head, crops, wanted)
+        return beat_loss(wav2vec, head, draw_crops(kinds, shares, *crop_sizes(step, batch), rng))
 
-    fit("hear", named(wav2vec=wav2vec, head=head), loss, steps, 3e-4)
-    for taught, first in zip(wav2vec.parameters(), teacher.parameters()):
-        taught.data.lerp_(first, 1 - TAUGHT)
+    fit(name, named(wav2vec=wav2vec, head=head), loss, steps, lr)
     save(wav2vec, in_folder("audio_encoder"))
-    for name, pieces in unseen_pieces(sounds, seed).items():
-        print_accuracy(name, wav2vec, head, pieces, seed)
 
 
 def check_sounds(folder):
@@ -78,14 +68,6 @@ def check_sounds(folder):
     music.find_sounds(folder)
     for packages in (recordings.TRAINING, recordings.VALIDATION):
         recordings.find_recordings(folder, packages)
-
-
-def first_encoder():
-    """What audio_encoder/ was before it heard more; frozen."""
-    folder = os.path.join(WORK, "first_encoder")
-    if not os.path.exists(folder):
-        shutil.copytree(in_folder("audio_encoder"), folder)
-    return mi.load_pretrained_model("Wav2Vec2Model", folder, "cpu")
 
 
 def crop_sizes(step, batch):
@@ -140,23 +122,33 @@ def unseen_pieces(sounds, seed):
 
 
 def synthesised_pieces(count, seed):
-    pieces = []
-    for i in tqdm(range(count), "composing", mininterval=10):
-        rng = np.random.default_rng((seed, 1, i))
-        song, genre, tempo = music.draw_song(rng)
-        pieces.append(as_piece(song, genre, tempo, "synthesiser"))
-    return pieces
+    return in_parallel("composing", synthesised_piece, [(seed, i) for i in range(count)])
+
+
+def synthesised_piece(seed, i):
+    rng = np.random.default_rng((seed, 1, i))
+    song, genre, tempo = music.draw_song(rng)
+    return as_piece(song, genre, tempo, "synthesiser")
 
 
 def sampled_pieces(count, seed, sounds):
-    fonts_and_kits, pieces = sampled_instruments(sounds), []
-    for i in tqdm(range(count), "playing", mininterval=10):
-        rng = np.random.default_rng((seed, 2, i))
-        genre = str(rng.choice(list(world.GENRES)))
-        tempo = music.draw_tempo(rng, genre)
-        song = music.play_sampled(genre, tempo, int(rng.integers(2**31)), 16.0, *fonts_and_kits)
-        pieces.append(as_piece(music.recorded(song, rng), genre, tempo, "sampled"))
-    return pieces
+    return in_parallel("playing", sampled_piece, [(seed, i, sounds) for i in range(count)])
+
+
+def sampled_piece(seed, i, sounds):
+    rng = np.random.default_rng((seed, 2, i))
+    genre = str(rng.choice(list(world.GENRES)))
+    tempo, number = music.draw_tempo(rng, genre), int(rng.integers(2**31))
+    song = music.play_sampled(genre, tempo, number, 16.0, *sampled_instruments(sounds))
+    return as_piece(music.recorded(song, rng), genre, tempo, "sampled")
+
+
+def in_parallel(name, function, arguments):
+    # A fork that computes with several threads waits for its parent's for ever
+    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
+    with ProcessPoolExecutor(os.cpu_count(), **one_thread) as pool:
+        found = pool.map(function, *zip(*arguments), chunksize=4)
+        return list(tqdm(found, name, len(arguments), mininterval=10))
 
 
 @cache
@@ -171,11 +163,9 @@ def as_piece(song, genre, tempo, source):
 
 
 class Crop(NamedTuple):
-    clean: np.ndarray  # 16 kHz
-    rough: np.ndarray  # the same as it is heard
+    sound: np.ndarray  # 16 kHz
     beat: np.ndarray  # the position of each token, in beats
     genre: int  # or -1
-    source: str
 
 
 def draw_crops(kinds, shares, seconds, count, rng):
@@ -189,13 +179,13 @@ def crop_of(piece, seconds, rng, rougher=True):
     speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
     last = len(piece.samples) / music.RATE - seconds * speed - 0.02
     first, size = int(rng.uniform(0, max(last, 0)) * music.RATE), math.ceil(seconds * music.RATE)
-    clean = played_at(speed, piece.samples[first:], size)
+    sound = played_at(speed, piece.samples[first:], size)
     times = first / music.RATE + speed * (TOKEN * np.arange(int(seconds / TOKEN)) + TOKEN / 1.6)
     beat = recordings.beat_at(piece.beats, times)
-    rough = music.rough(clean, rng) if rougher else clean
+    sound = music.rough(sound, rng) if rougher else sound
     if rougher and piece.source == "synthesiser" and rng.random() < 0.3:
-        rough = music.disturbed(rough, rng)
-    return Crop(clean, rough, beat, piece.genre, piece.source)
+        sound = music.disturbed(sound, rng)
+    return Crop(sound, beat, piece.genre)
 
 
 def played_at(speed, samples, size):
@@ -209,58 +199,16 @@ def waves(samples):
     return (x - x.mean(1, keepdim=True)) / (x.var(1, keepdim=True) + 1e-7).sqrt()
 
 
-class Answers:
-    """What to ask the first encoder: the crop itself where it is the world's, else a song of the
-    world's with the same beats, of the same genre where that is known."""
-
-    def __init__(self, seed, seconds=6.2):
-        self.tempos = 50 * 1.075 ** np.arange(21)  # BPM
-        self.songs, rng = {}, np.random.default_rng((seed, 3))
-        for genre in tqdm(range(len(world.GENRES)), "answers", mininterval=10):
-            for i, tempo in enumerate(self.tempos):
-                length = seconds * 1.05 + 5 * 60 / tempo
-                code, number = list(world.GENRES)[genre], int(rng.integers(2**31))
-                self.songs[genre, i] = music.compose(code, tempo, number, length)
-
-    def to(self, crop, rng):
-        if crop.source == "synthesiser":
-            return crop.clean
-        tempo = 60 / TOKEN * np.diff(crop.beat).mean()
-        i = int(np.abs(np.log(self.tempos / tempo)).argmin())
-        genre = crop.genre if crop.genre >= 0 else int(rng.integers(len(world.GENRES)))
-        k = np.arange(len(crop.beat))
-        phase = (crop.beat - k * tempo / 60 * TOKEN).mean() % 1  # at the first token
-        phase -= tempo / 60 * TOKEN / 1.6
-        first = (phase % 1 + rng.integers(4)) * 60 / self.tempos[i]
-        song = self.songs[genre, i][int(first * music.RATE) :]
-        return played_at(tempo / self.tempos[i], song, len(crop.clean))
-
-
 # --------------------------------------------------------------------------------------------------
 # Losses
 # --------------------------------------------------------------------------------------------------
 
 
-def hear(wav2vec, crops):
-    with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
-        y = wav2vec(waves([crop.rough for crop in crops])).last_hidden_state
-    return y.float()  # (B, A, WIDTH)
-
-
 def beat_loss(wav2vec, head, crops):
-    return loss_of_heard(hear(wav2vec, crops), head, crops)
-
-
-def distillation_loss(wav2vec, head, crops, wanted):
-    """To say what the first encoder says, and to tell the beat."""
-    y = hear(wav2vec, crops)
-    error = (y - wanted).square().mean() / wanted.var((0, 1)).mean()
-    beat, numbers = loss_of_heard(y, head, crops)
-    return error + 0.3 * beat, {"unlike": error.item()} | numbers
-
-
-def loss_of_heard(y, head, crops):
-    """(loss, numbers): phase, tempo and genre as the head reads them off y (B, A, WIDTH)."""
+    """(loss, numbers): phase, tempo and genre as the head reads them off the encoder's tokens."""
+    with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
+        y = wav2vec(waves([crop.sound for crop in crops])).last_hidden_state
+    y = y.float()  # (B, A, WIDTH)
     out = head(y)
     beat = torch.from_numpy(np.stack([crop.beat for crop in crops])[:, : y.shape[1]])
     tempo = 60 / TOKEN * beat.diff(dim=1).mean(1)  # BPM
@@ -278,7 +226,7 @@ def loss_of_heard(y, head, crops):
         "octaves off": off.abs().mean().item(),
         "genre right": right,
     }
-    return phase + 2 * F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) + 0.2 * genre, numbers
+    return phase + 2 * F.smooth_l1_loss(off, torch.zeros_like(off), beta=0.3) + 0.5 * genre, numbers
 
 
 @torch.no_grad()
