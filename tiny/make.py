@@ -38,13 +38,13 @@ from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
 SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "solver": "ab2", "steps": 15}
-SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0}  # of `choose`
+SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0, "music_above": 0.6}  # of `choose`
 TRAINING = {
     "layers": "all",
     "window": 0,
     "wild_ratio": 2.0,
     "rank": 64,
-    "steps": 2000,
+    "steps": 1500,
     "batch": 7,
     "lr": 2e-3,
     "beta": 0.5,  # noise nearer to 1 from the first step to the last
