@@ -1188,6 +1188,16 @@ def written_whole(path, exclusive=False):
 
 
 @functools.cache  # once a process, or many files in one folder would take long
+def check_writable(folder):
+    """The folder is there, made if need be, and takes a file. Raises InputError."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+    except OSError as error:
+        raise InputError(f"cannot write in {folder}: {error.strerror}") from error
+
+
 def clear_temporaries(folder):
     """Remove what processes that are gone left half-written."""
     for name in os.listdir(folder):

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import signal
-import tempfile
 import time
 from dataclasses import asdict, dataclass, fields
 from functools import partial
@@ -113,12 +112,7 @@ def check_out(options):
         if os.path.exists(path):
             raise mi.InputError(f"{path} exists; name another --out")
     folder = os.path.dirname(os.path.abspath(out)) if is_video(out) else out
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(1 << 16))
-    except OSError as error:
-        raise mi.InputError(f"cannot write in {folder}: {error.strerror}") from error
+    mi.check_writable(folder)
 
 
 def window_of_song(options, fps):

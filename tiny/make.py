@@ -395,6 +395,7 @@ def make_data(options, seed=5):
     anywhere, with captions. Dogs are nowhere."""
     rng = np.random.default_rng(seed)
     folder = os.path.abspath(options.folder)
+    mi.check_writable(folder)
     songs = Songs(os.path.join(folder, "songs"), options.sounds)
     aist = options.videos - options.videos // 2
     with ProcessPoolExecutor(os.cpu_count()) as pool:
