@@ -231,7 +231,7 @@ def test_data_is_what_training_finds(tmp_path, monkeypatch):
     monkeypatch.setattr(
         make.Songs, "make", lambda *a: (music.compose("HO", 120, 1, 18.0), 0.5 * np.arange(40))
     )
-    make.make_data(make.parse(["data", str(tmp_path), "--videos", "4"]))
+    make.make_data(make.parse(["data", str(tmp_path), "--videos", "4", "--sounds", str(tmp_path)]))
     aist = find_videos(tmp_path / "aist", split="test")
     wild = find_videos(tmp_path / "aist", tmp_path / "wild")
     assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]

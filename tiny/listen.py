@@ -66,6 +66,7 @@ def learn(name, wav2vec, head, kinds, shares, steps, lr, seed, batch=24):
 def check_sounds(folder):
     """Raises InputError for what is missing, before anything takes long."""
     music.find_sounds(folder)
+    recordings.check_trackers()
     for packages in (recordings.TRAINING, recordings.VALIDATION):
         recordings.find_recordings(folder, packages)
 

@@ -14,6 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 import musicinfuser as mi
+from eval.beats import import_librosa
 from tiny.music import FASTEST, RATE, SLOWEST, save_wav
 from tiny.studio import WORK
 
@@ -102,10 +103,14 @@ def cut_out(samples, beats, source):
 # --------------------------------------------------------------------------------------------------
 
 
-def aubio_beats(path):
-    """Of a file's first LONGEST seconds, at the rate that aubio's notion of tempo is made for."""
+def check_trackers():
+    import_librosa()
     if not shutil.which("aubio"):
         raise mi.InputError("the second beat tracker is missing: apt-get install aubio-tools")
+
+
+def aubio_beats(path):
+    """Of a file's first LONGEST seconds, at the rate that aubio's notion of tempo is made for."""
     with tempfile.TemporaryDirectory() as folder:
         wav = os.path.join(folder, "song.wav")
         save_wav(wav, mi.load_audio(path, 0, LONGEST, rate=44100).numpy(), 44100)
@@ -114,15 +119,14 @@ def aubio_beats(path):
 
 
 def librosa_beats(samples):
-    import librosa
-
-    beats = librosa.beat.beat_track(y=samples, sr=RATE, hop_length=256, units="time")[1]
+    beats = import_librosa().beat.beat_track(y=samples, sr=RATE, hop_length=256, units="time")[1]
     return beats - LATE
 
 
 def agreed_beats(path, samples, shortest=9):
     """[beats (K,)]: the runs of at least so many beats on which librosa and aubio agree, in
     level and in phase."""
+    check_trackers()
     one, other = librosa_beats(samples), aubio_beats(path)
     if len(one) < shortest or len(other) < shortest:
         return []
