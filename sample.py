@@ -308,8 +308,8 @@ def read_recipe(path):
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file)
-        if "frames" in recipe:  # older ones were made all at once
-            recipe = {"window_frames": recipe["frames"]} | recipe
+        if "frames" in recipe:  # older ones were made all at once, and the music guided to the end
+            recipe = {"window_frames": recipe["frames"], "music_above": 0.0} | recipe
         names = {field.name for field in fields(Options)} - {"out", "split"}
         return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -271,7 +271,7 @@ def test_the_recipe_of_a_whole_song_makes_it_again(run, song, tmp_path):  # noqa
 def test_a_recipe_from_before_there_were_windows_is_of_one(tmp_path):
     mi.save_json(tmp_path / "old.json", {"frames": 271, "seed": 3})
     old = sample.read_recipe(tmp_path / "old.json")
-    assert old["window_frames"] == 271 and old["seeds"] == [3]
+    assert (old["window_frames"], old["music_above"], old["seeds"]) == (271, 0.0, [3])
 
 
 def test_a_song_shorter_than_a_window(run, tmp_path):  # noqa: F811
