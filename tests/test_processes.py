@@ -142,11 +142,15 @@ def test_sharded_blocks_give_the_same_gradients(tmp_path):
     for p in mi.adapter_parameters(dit).values():
         torch.nn.init.normal_(p, std=0.1)
     dit(*arguments, audio).square().sum().backward()
+    wanted = {name: p.grad for name, p in mi.adapter_parameters(dit).items()}
+    # Of the keys' bias it is zero but for rounding: softmax takes out what all keys have alike
+    rounding = 1e-6 * max(gradient.abs().max() for gradient in wanted.values())
     for rank in range(2):
         found = load_file(tmp_path / f"out-{rank}.safetensors")
         assert found.pop("held") < 0.6 * frozen
-        for name, p in mi.adapter_parameters(dit).items():
-            assert (found[name] - p.grad).abs().max() <= 1e-4 * p.grad.abs().max(), name
+        for name, gradient in wanted.items():
+            error = (found[name] - gradient).abs().max()
+            assert error <= 1e-4 * gradient.abs().max() + rounding, name
 
 
 @pytest.mark.parametrize("split", ["tokens", "branches", "seeds"])
