@@ -154,7 +154,7 @@ def test_sampled_song_has_its_beats():
 def test_missing_sounds_are_one_line(tmp_path):
     with pytest.raises(mi.InputError, match="apt-get install fluidsynth"):
         music.find_sounds(tmp_path)
-    with pytest.raises(mi.InputError, match="apt-get install"):
+    with pytest.raises(mi.InputError, match="apt-get install asc-music .* torcs-data, or unpack"):
         recordings.find_recordings(tmp_path, recordings.VALIDATION)
 
 
@@ -174,6 +174,12 @@ def test_midi_file_and_chart_agree(tmp_path):
     track = midi[midi.index(b"MTrk") + 8 : end] + change + b"\x00\xff\x2f\x00"
     path.write_bytes(midi[:14] + b"MTrk" + len(track).to_bytes(4, "big") + track)
     assert np.allclose(recordings.chart_beats(path, 3.6), [0, 0.5, 1.5, 2.5, 3.5])
+
+
+def test_a_chart_that_comes_early_is_moved_to_what_is_heard():
+    chart = np.arange(0, 30, 0.5)
+    for heard in (chart, chart[::2], chart + 0.25, chart[1::2]):  # off-beats, every second beat
+        assert np.allclose(recordings.in_step(chart, heard + 0.06), chart + 0.06)
 
 
 def test_beat_at_goes_on_beyond_the_ends():

@@ -176,8 +176,8 @@ def draw_crops(kinds, shares, seconds, count, rng):
 
 
 def crop_of(piece, seconds, rng, rougher=True):
-    """At another speed in half of them, so that tempos are many; rougher: as recordings are."""
-    speed = float(np.exp(rng.uniform(-0.2, 0.2))) if rougher and rng.random() < 0.5 else 1.0
+    """rougher: at another speed, so that tempos are many, and as recordings are."""
+    speed = float(np.exp(rng.uniform(-0.25, 0.25))) if rougher else 1.0
     last = len(piece.samples) / music.RATE - seconds * speed - 0.02
     first, size = int(rng.uniform(0, max(last, 0)) * music.RATE), math.ceil(seconds * music.RATE)
     sound = played_at(speed, piece.samples[first:], size)
