@@ -516,9 +516,10 @@ def train_adapter(options, name, out, **given):
     mi.save_safetensors(in_folder(f"{name}.safetensors"), mi.shrunk(tensors), metadata)
 
 
-def make_song(options, tempo=112, seconds=24, rate=22050):
+def make_song(options, tempo=112, seconds=12, rate=22050):
     """song.wav: disco at 112 BPM, the first beat at 0 s."""
-    music.save_wav(in_folder("song.wav"), music.compose("WA", tempo, 6, seconds, rate), rate)
+    song = music.compose("WA", tempo, 6, 2 * seconds, rate)  # of half its length, it is another
+    music.save_wav(in_folder("song.wav"), song[: seconds * rate], rate)
 
 
 def make_report(options):
