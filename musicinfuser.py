@@ -2437,8 +2437,8 @@ def main(function):
 
 
 def stop(number, frame):
-    """KeyboardInterrupt, and again in two seconds: the clean-up of some libraries swallows it."""
-    ring_in(2)
+    """KeyboardInterrupt, and again in five seconds: the clean-up of some libraries swallows it."""
+    ring_in(5)
     raise KeyboardInterrupt
 
 
