@@ -501,11 +501,10 @@ def make_adapter(options):
 def make_plain(options):
     """plain.safetensors: the paper's own ZICA, without a window. Where it is there it goes on, for
     as many steps again, on other batches."""
-    path, given = in_folder("plain.safetensors"), {}
+    path, out, given = in_folder("plain.safetensors"), os.path.join(WORK, "plain"), {}
     if os.path.exists(path):
         digest = mi.model_digest(path)[:8]
-        given = {"init": path, "seed": int(digest, 16)}
-    out = os.path.join(WORK, f"plain-{digest}" if given else "plain")
+        out, given = f"{out}-{digest}", {"init": path, "seed": int(digest, 16)}
     train_adapter(options, "plain", out, window=None, **given)
 
 
