@@ -62,7 +62,7 @@ class Options(mi.RunOptions):
     steps: int = option(None, "of a cell; default: as the weights prefer", low=1, line="training")
     batch: int = option(None, "default: as the weights prefer", low=1, line="training")
     seeds: tuple = option((1, 2, 3), "a cell for each", parse=int, line="training")
-    films: int = option(0, "also score so many films of each kind, of ours and the prior", low=0)
+    films: int = option(0, "also score so many films of each kind, of each row", low=0)
     out: str = option("runs/ablate", "the same command goes on where it stopped")
     dry_run: bool = option(False, "say how long it takes, and stop")
     table: bool = option(False, "of all that is finished in --out; train nothing")
@@ -349,34 +349,44 @@ def print_tables(results, failed):
 
 
 # ----------------------------------------------------------------------------------------------
-# Films of ours, between the prior and the ground truth
+# Films of each row, between the prior and the ground truth
 # ----------------------------------------------------------------------------------------------
 
 
-def film_rows(results, o):
+def film_rows(rows, results, o):
     """Film what is missing, and print the table of what is there. Kept in OUT/films/."""
     scores = {}
-    for row in ("ours", PRIOR, TRUTH):
-        for seed, figures in results.get("ours", {}).items():
-            name = f"{slug(row)}-{seed}-{o.films}.json"
-            path = os.path.join(o.out, "films", name)
-            found = read_object(path)
-            if found.get("of") != figures["identity"] and not o.table:
-                found = filmed(row, seed, figures, o) | {"of": figures["identity"]}
-                mi.save_json(path, found)
-            if found.get("of") == figures["identity"]:
-                scores.setdefault(row, []).append(found)
+    for row, seed, of in films_of(rows, results):
+        path = os.path.join(o.out, "films", f"{slug(row)}-{seed}-{o.films}.json")
+        found = read_object(path)
+        if found.get("of") != of and not o.table:
+            found = filmed(row, seed, o) | {"of": of}
+            mi.save_json(path, found)
+        if found.get("of") == of:
+            scores.setdefault(row, []).append(found)
     if not scores:
-        print("\nno films: they are of the row ours, which is not there")
+        print("\nno films: there is no finished row to film")
         return
     print(f"\n{o.films} films of each kind and seed\n\n{films_table(scores)}")
 
 
-def filmed(row, seed, figures, o):
-    made = slug(figures.get("as", "ours"))  # a twin's adapter lies in the other's folder
-    adapter = os.path.join(o.out, f"{made}-{seed}", "musicinfuser.safetensors")
-    how = o.device, mi.DTYPES[o.dtype]
-    studio = films.Studio(o.weights, adapter if row == "ours" else None, *how)
+def films_of(rows, results):
+    """[(row, seed, what its films follow from)]. Not of a row that is another one, or whose sound
+    is not in the adapter's file alone."""
+    made, ends = [], {}
+    for row in rows:
+        for seed, figures in results.get(row, {}).items():
+            if row not in (PRIOR, OMNIDANCE, UNTAUGHT) and "as" not in figures:
+                made.append((row, seed, figures["identity"]))
+                ends[seed] = {"model": figures["identity"]["model"]}
+    return made + [(row, *end) for row in (PRIOR, TRUTH) for end in sorted(ends.items())]
+
+
+def filmed(row, seed, o):
+    adapter = os.path.join(o.out, f"{slug(row)}-{seed}", "musicinfuser.safetensors")
+    if row in (PRIOR, TRUTH):
+        adapter = None
+    studio = films.Studio(o.weights, adapter, o.device, mi.DTYPES[o.dtype])
     songs = os.path.join(o.out, "films", "songs")
     return films.film_scores(studio, o.films, seed, songs, truth=row == TRUTH)
 
@@ -425,7 +435,7 @@ def ablate(rows=(), **given):
         raise mi.InputError(f"there is no finished cell in {o.out}")
     print_tables(results, failed)
     if o.films:
-        film_rows(results, o)
+        film_rows(results if o.table else rows, results, o)
     return results, failed
 
 
@@ -447,7 +457,7 @@ def announce(rows, left, broken, o, results):
     print(f"about {seconds / 60:.0f} minutes ({basis}); a new audio encoder or new data takes more")
     if o.films:
         kinds = f"{o.films} of each of {len(films.KINDS)} kinds"
-        print(f"films    {kinds}, of ours, {PRIOR} and {TRUTH}, each seed of ours")
+        print(f"films    {kinds}, of each row, {PRIOR} and {TRUTH}, each seed")
     for (row, seed), error in broken.items():
         print(f"failed   {row}, seed {seed}: {error}")
 

@@ -1,5 +1,6 @@
 """eval.ablate: the command line, what is kept, the tables against numpy, the rows' layers."""
 
+import itertools
 import json
 import math
 import os
@@ -343,28 +344,31 @@ def longer(small, weights, tmp_path, monkeypatch):
     return small | {"weights": str(folder)}
 
 
-def test_films_of_ours_between_the_prior_and_the_ground_truth(
+def test_films_of_each_row_between_the_prior_and_the_ground_truth(
     longer, tmp_path, monkeypatch, capsys
 ):
     options = longer | {"out": str(tmp_path / "out"), "seeds": (1, 2), "films": 2}
-    ablate.ablate(["ours"], **options)
+    asked = ["ours", "feature addition", "Beta-Uniform noise"]  # the last is ours again
+    ablate.ablate(asked, **options)
     printed = capsys.readouterr().out
     folder = tmp_path / "out" / "films"
     scores = {
         row: [
             json.loads((folder / f"{rows.slug(row)}-{seed}-2.json").read_text()) for seed in (1, 2)
         ]
-        for row in ("ours", rows.PRIOR, rows.TRUTH)
+        for row in ("ours", "feature addition", rows.PRIOR, rows.TRUTH)
     }
+    assert len(list(folder.glob("*.json"))) == 8
     frechet = np.array([found["frechet"] for found in scores["ours"]])
     error = frechet.std(ddof=1) / math.sqrt(2)
     assert f"{frechet.mean():.2f} ± {error:.2f} | 2 |" in printed
     for kind in films.KINDS:
         assert set(scores[rows.TRUTH][0][kind]) == {"r", "other", "tempo"}
-    assert scores["ours"][0]["people"] != scores[rows.PRIOR][0]["people"]
+    people = [found[0]["people"] for found in scores.values()]
+    assert all(one != other for one, other in itertools.combinations(people, 2))
     before = files(folder)
     monkeypatch.setattr(ablate, "filmed", None)  # nothing is filmed again
-    ablate.ablate(["ours"], **options)
+    ablate.ablate(asked, **options)
     assert files(folder) == before and capsys.readouterr().out.endswith(printed[-300:])
 
 
