@@ -40,8 +40,8 @@ class Captions:
 
 
 class Studio:
-    def __init__(self, adapter=None, dtype=DTYPE):
-        """adapter: a file, or None for the prior alone."""
+    def __init__(self, adapter=None, dtype=torch.float32):
+        """adapter: a file, or None for the prior alone. float32, as sample.py has it on a CPU."""
         self.dit = mi.load_dit(in_folder("dit.safetensors"), dtype=dtype)
         self.decoder = mi.load_decoder(in_folder("decoder.safetensors"), dtype=dtype)
         self.captions, self.listen = Captions(), mi.AudioEncoder(HERE)
