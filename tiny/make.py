@@ -599,7 +599,7 @@ def parse(arguments=None):
 
 def main():
     options = parse()
-    print(f"device   cpu, dtype {DTYPE_NAME}", flush=True)
+    print(f"device   cpu, dtype {DTYPE_NAME} in training, float32 in filming", flush=True)
     for stage in options.stages or [stage for stage in STAGES if stage not in EXTRA]:
         STAGES[stage][0](options)
 
