@@ -85,7 +85,7 @@ class Cell:
             given["weights"] = os.path.join(o.out, "untaught")
         self.options = mi.settle(train.Options, preferred, given)
         train.complete(self.options, depth)
-        self.options.eval_every = max(self.options.steps // 6, 1)
+        self.options.eval_every = 250
         self.options.save_every = 50
         self.data = os.path.join(o.data, "aist")
         files = "dit.safetensors", os.path.join("audio_encoder", "model.safetensors")
