@@ -834,7 +834,9 @@ def linear_quadratic_schedule(steps, threshold=0.025):
     slope = threshold / linear
     bend = (1 - threshold - slope * bent) / bent**2
     i = torch.arange(steps + 1, dtype=torch.float64)
-    return 1 - slope * i - bend * (i - linear).clamp(min=0) ** 2
+    sigmas = 1 - slope * i - bend * (i - linear).clamp(min=0) ** 2
+    sigmas[-1] = 0  # not a rounding more or less
+    return sigmas
 
 
 @dataclass
@@ -1272,7 +1274,7 @@ def read_safetensors(path, readonly=False):
     with open(path, "rb") as file:
         small = os.path.getsize(path) < SMALL_FILE
         data = bytearray(file.read()) if small else mapped(file, readonly)
-    return {name: view_of(data, begin, **entry) for name, entry in header.items()}, metadata
+    return {name: view_of(data, begin, entry) for name, entry in header.items()}, metadata
 
 
 def read_header(path):
@@ -1306,12 +1308,15 @@ def mapped(file, readonly):
     return mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE | noreserve, how)
 
 
-def view_of(data, begin, dtype, shape, data_offsets):
-    dtype, count = SAFETENSORS_DTYPES[dtype], math.prod(shape)
+def view_of(data, begin, entry):
+    dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+    count = math.prod(shape)
     if not count:
         return torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings(action="ignore"):  # that it is read-only, where it is
-        flat = torch.frombuffer(data, dtype=dtype, count=count, offset=begin + data_offsets[0])
+        flat = torch.frombuffer(
+            data, dtype=dtype, count=count, offset=begin + entry["data_offsets"][0]
+        )
     return flat.view(shape)
 
 
@@ -1508,7 +1513,7 @@ def read_adapter_options(dit, path, metadata, layers):
     if unknown:
         raise InputError(f"{path} has the option {min(unknown)}, which this code does not know")
     options = AdapterOptions(**stored)
-    options.layers = layers or options.layers
+    options.layers = options.layers or layers
     if options.layers is None:
         if len(dit.blocks) != MODELS["mochi"]["depth"]:
             raise InputError(f"{path} does not say after which layers its ZICA goes; name them")

@@ -81,7 +81,9 @@ def train(data, **given):
     if outline.width % options.heads:
         raise mi.InputError(f"--heads must divide the model's width, {outline.width}")
     if options.init:
-        mi.load_adapter(outline, options.init, options.layers)
+        check_init(options, outline)
+    if options.sample_every:
+        mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     defaults = asdict(mi.settle(Options, outline.config.training, {}))
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -115,6 +117,17 @@ def complete(options, depth):
         raise mi.InputError("--min-size takes two numbers, such as 240 426")
     options.layers = pick_layers(options.layers, depth, options.weights, options.top)
     options.top = None  # the layers have it
+
+
+def check_init(options, outline):
+    """--init's tensors do not tell of window, alpha or layers, so its file has to agree."""
+    mi.load_adapter(outline, options.init, options.layers)
+    wanted = replace(options, alpha=options.rank if options.alpha is None else options.alpha)
+    for name in ("layers", "rank", "alpha", "heads", "window", "adapter"):
+        found, value = getattr(outline.adapter, name), getattr(wanted, name)
+        if found != value:
+            reason = f"is an adapter of {name} {found}, not {value}"
+            raise mi.InputError(f"{options.init} {reason}; name --{name} as it has it")
 
 
 def pick_layers(choice, depth, weights, top=None):
@@ -206,6 +219,13 @@ class Workers:
             if self.count > 1 and p.grad is not None:
                 dist.all_reduce(p.grad)
                 p.grad /= self.count
+
+    def all_of(self, values):
+        """A list, and then those of the other processes."""
+        found = [values] * self.count
+        if self.count > 1:
+            dist.all_gather_object(found, values)
+        return [value for values in found for value in values]
 
     def progress(self, start, steps):
         hidden = not self.first
@@ -355,7 +375,7 @@ class Trainer:
             print(f"going on from step {start}")
 
     def step(self, step):
-        """All processes compute the same things, as --shard needs; the first keeps them."""
+        """All processes take the same steps, as --shard needs; the first keeps what comes of it."""
         began = time.time()
         losses = self.gradients(step)
         line = {"step": step, "loss": mean(loss for _, loss in losses)}
@@ -363,13 +383,13 @@ class Trainer:
         if self.held_out and self.is_due(step, self.options.eval_every):
             line |= self.evaluate()
         line["memory_gb"] = mi.peak_memory(self.options.device)
-        every = self.options.sample_every
-        if every and (step + 1) % every == 0 and self.held_out_clips:
-            self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
         if self.workers.first:
             self.run.log(line)
         if self.workers.first and self.is_due(step, self.options.save_every):
             self.run.save(self.dit, self.optimiser, step + 1)
+        every = self.options.sample_every
+        if every and (step + 1) % every == 0 and self.held_out_clips:
+            self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
 
     def is_due(self, step, every):
         return (step + 1) % every == 0 or step + 1 == self.options.steps
@@ -386,7 +406,7 @@ class Trainer:
                 (loss.mean() / self.options.accumulate).backward()
             losses += zip(batch.sigma.tolist(), loss.tolist(), strict=True)
         self.workers.average_gradients(self.parameters)
-        return losses
+        return self.workers.all_of(losses)
 
     def batch(self, step, micro):
         """This process's share of a step; the same samples as one process would take in turn."""

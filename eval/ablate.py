@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import musicinfuser as mi
 import train
-from eval import films
+from eval import films, quality
 from eval.rows import (
     GROUPS,
     OMNIDANCE,
@@ -89,11 +89,11 @@ class Cell:
         self.options.save_every = 50
         self.data = os.path.join(o.data, "aist")
         files = "dit.safetensors", os.path.join("audio_encoder", "model.safetensors")
-        self.model = [mi.model_digest(os.path.join(o.weights, name))[:16] for name in files]
+        self.model = [train.content(os.path.join(o.weights, name)) for name in files]
 
     def identity(self):
         """What decides its figures; two rows with one identity are the same adapter."""
-        free = "out", "weights", "device", "offload", "compile", "save_every"
+        free = "out", "weights", "device", "offload", "compile", "save_every", "eval_every"
         options = {k: v for k, v in asdict(self.options).items() if k not in free}
         special = PRIOR, OMNIDANCE, UNTAUGHT  # these differ in more than options
         how = self.row if self.row in special else "trained"
@@ -442,6 +442,8 @@ def ablate(rows=(), **given):
 def check(o):
     if not o.seeds or min(o.seeds) < 0:
         raise mi.InputError("--seeds takes numbers from 0")
+    if o.films and not o.table:
+        train.content(os.path.join(o.weights, quality.REFERENCE))
     folders = [os.path.join(o.data, name) for name in ("aist", "wild")]
     if not o.table and not all(map(os.path.isdir, folders)):
         advice = f"make them: python -m tiny.make data {o.data}"

@@ -143,6 +143,8 @@ def film_scores(studio, count, seed, folder, truth=False):
     truth: the world's own dances through the VAE, what a perfect model would reach. Only Frechet
     distances of the same number of films compare.
     """
+    reference = os.path.join(studio.weights, quality.REFERENCE)
+    world_clips, _ = quality.load_reference(reference, studio.encoder.output_proj.in_features)
     songs = unseen_songs(count, folder)
     scores, features = {}, []
     for kind in KINDS:
@@ -159,7 +161,5 @@ def film_scores(studio, count, seed, folder, truth=False):
             scores["style"], _ = style(films, [beat.numpy() for beat in beats], genres)
         else:
             features += [quality.features(mi.from_pixels(f), studio.encoder) for f in films]
-    reference = os.path.join(studio.weights, quality.REFERENCE)
-    world_clips, _ = quality.load_reference(reference, features[0].shape[1])
     scores["frechet"] = quality.frechet_distance(*quality.gaussian(features), *world_clips)
     return scores

@@ -141,6 +141,13 @@ def test_headers_that_cannot_be_are_one_line(tmp_path, kind):
         mi.read_safetensors(path)
 
 
+def test_what_a_header_says_beside_what_is_needed_is_not_read(tmp_path):
+    path = tmp_path / "a.safetensors"
+    entry = ENTRY.replace("{", '{"note":1,')
+    path.write_bytes(with_header(f'{{"a":{entry}}}'.encode(), b"x"))
+    assert mi.read_safetensors(path)[0]["a"].tolist() == [ord("x")]
+
+
 @pytest.mark.parametrize("length", [0, 7, 8, 2**40, 2**63, 2**64 - 1])
 def test_a_header_longer_than_its_file_is_one_line(tmp_path, length):
     path = tmp_path / "a.safetensors"

@@ -195,6 +195,9 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
     one = fit(**options, batch=2)
     more = {"shard": True, "sample_every": 2} if shard else {}
     in_two_processes(*flags(data=dance_videos / "aist", out=tmp_path / "two", **options, **more))
+    logs = read_log(Path(one).parent), read_log(tmp_path / "two")
+    for mine, theirs in zip(*logs, strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
     one = load_file(Path(one).parent / "state.safetensors")
     two = load_file(tmp_path / "two" / "state.safetensors")
     assert one.keys() == two.keys()
@@ -438,8 +441,9 @@ def test_training_begins_from_an_adapter(fit, weights, tmp_path):
     wanted = load_file(given)
     made = load_file(fit(init=given, steps=1))  # whose learning rate is 0
     assert all(torch.equal(tensor, wanted[name].float()) for name, tensor in made.items())
-    with pytest.raises(mi.InputError, match="of shape"):
-        fit(init=given, rank=3, out=str(tmp_path / "other"))
+    for other in ({"rank": 3}, {"window": 1}, {"alpha": 9.0}, {"heads": 2}, {"layers": [0, 1]}):
+        with pytest.raises(mi.InputError, match=f"is an adapter of {min(other)} .*; name --"):
+            fit(init=given, out=str(tmp_path / "other"), **other)
 
 
 def test_another_condition_reaches_the_model_by_one_place(fit, monkeypatch):
@@ -456,6 +460,16 @@ def test_another_condition_reaches_the_model_by_one_place(fit, monkeypatch):
     monkeypatch.setattr(mi, "flow_matching_loss", with_motion_loss)
     fit(steps=1, batch=2)
     assert seen[0] == (2,)
+
+
+def test_a_step_is_saved_before_its_video_is_made(fit, tmp_path, monkeypatch):
+    def film(*arguments):
+        raise mi.InputError("the song is gone")
+
+    monkeypatch.setattr(train.Trainer, "film", film)
+    with pytest.raises(mi.InputError, match="the song is gone"):
+        fit(steps=4, sample_every=2, save_every=2)
+    assert mi.read_safetensors(tmp_path / "run" / "state.safetensors")[1]["step"] == "2"
 
 
 def test_videos_of_a_held_out_song(fit, tmp_path):

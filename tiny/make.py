@@ -552,7 +552,7 @@ STAGES = {
     "report": (make_report, "the figures and the pictures (takes --adapter, --songs, --prompts)"),
     "choose": (make_choice, "r over guidance, on other songs than the report's"),
     "settings": (make_settings, "dit.safetensors: its preferences in sampling and training alone"),
-    "plain": (make_plain, "plain.safetensors, likewise: the paper's own ZICA, four times the steps"),
+    "plain": (make_plain, "plain.safetensors: the paper's own ZICA, four times the steps"),
 }
 EXTRA = ("choose", "settings", "plain")  # only when they are named
 # fmt: on
