@@ -85,8 +85,8 @@ def counterfactual_report(videos, out, **where):
     bt.import_librosa()
     musics = {video: music_of(video) for video in videos}
     rows = {}
-    for video in videos:
-        others = [music for other, music in musics.items() if other != video]
+    for i, video in enumerate(videos):  # swapped with the next one's, so that all songs come
+        others = [musics[other] for other in [*videos[i + 1 :], *videos[:i]]]
         rows[video] = counterfactual(video, others, out, **where)
     adapters = {}
     for video in videos:

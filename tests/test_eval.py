@@ -335,6 +335,23 @@ def test_counterfactuals_of_a_dancer_who_follows(generate, slower, tmp_path, cap
     assert "adapter tiny, 1 videos" in capsys.readouterr().out and list(again) == ["videos"]
 
 
+def test_each_song_is_swapped_with_the_next_videos(monkeypatch, tmp_path):
+    pytest.importorskip("librosa")
+    swapped = []
+
+    def counterfactual(video, others, folder):
+        new = cf.changed_music(beside.Music(video), others, folder)
+        swapped.append(new["another song"].song)
+
+    monkeypatch.setattr(cf, "music_of", beside.Music)
+    monkeypatch.setattr(cf, "recipe_of", lambda video: {})
+    monkeypatch.setattr(cf, "counterfactual", counterfactual)
+    monkeypatch.setattr(cf, "counterfactual_table", lambda group: "")
+    monkeypatch.setattr(bt, "track_beats", lambda song, start: np.arange(9.0))
+    cf.counterfactual_report(["a", "b", "c"], str(tmp_path))
+    assert swapped == ["b", "c", "a"]
+
+
 def test_a_video_without_a_recipe_has_no_counterfactual(tmp_path):
     pytest.importorskip("librosa")
     video = dance(tmp_path / "a.mp4")
