@@ -40,10 +40,10 @@ class Captions:
 
 
 class Studio:
-    def __init__(self, adapter=None, dtype=torch.float32):
+    def __init__(self, adapter=None):
         """adapter: a file, or None for the prior alone. float32, as sample.py has it on a CPU."""
-        self.dit = mi.load_dit(in_folder("dit.safetensors"), dtype=dtype)
-        self.decoder = mi.load_decoder(in_folder("decoder.safetensors"), dtype=dtype)
+        self.dit = mi.load_dit(in_folder("dit.safetensors"))
+        self.decoder = mi.load_decoder(in_folder("decoder.safetensors"))
         self.captions, self.listen = Captions(), mi.AudioEncoder(HERE)
         if adapter:
             mi.load_adapter(self.dit, adapter)
