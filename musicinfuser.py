@@ -15,7 +15,6 @@ velocity v estimates z - eps. The paper writes denoisers D(x; sigma) = x + sigma
 """
 
 import argparse
-import atexit
 import datetime
 import difflib
 import functools
@@ -1748,7 +1747,6 @@ def join_processes(options):
     if not dist.is_initialized():
         # Some wait long: the first makes a cache for all
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
-        atexit.register(leave_processes)
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
@@ -1760,9 +1758,13 @@ def wait_for_all():
 
 
 def leave_processes():
-    """Gloo's threads abort an interpreter that ends before them."""
-    if dist.is_initialized() and dist.get_backend() == "gloo":
+    """End this process, where it is one of several, without the interpreter's own last steps: a
+    thread of gloo's that lets go of a tensor during these would abort it."""
+    if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 class TokenParallel:
@@ -2425,6 +2427,7 @@ def main(function):
     sys.unraisablehook = swallowed
     try:
         function()
+        leave_processes()
         sys.stdout.flush()
     except InputError as error:
         sys.exit("error: " + " ".join(str(error).split())[:600])

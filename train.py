@@ -199,7 +199,6 @@ class Workers:
     def __exit__(self, kind, *_):
         if self.count > 1 and kind is None:  # else torchrun ends the others
             dist.barrier()
-            dist.destroy_process_group()
 
     def once(self, function, *arguments):
         """The result of a function that the first process calls for all."""

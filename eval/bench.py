@@ -39,7 +39,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -635,8 +634,7 @@ def run_child(size, name, arguments, way):
     torch.manual_seed(0)
     for row in MEASUREMENTS[name](size, *arguments, **way):
         print(json.dumps(row), flush=True)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    mi.leave_processes()
 
 
 def limit_memory():

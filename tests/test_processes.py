@@ -31,6 +31,7 @@ with torch.no_grad():
     options = {"sigmas": [1, 0.5, 0], "cfg": 3.0, "solver": "ab2"}
     velocities["sampled"] = mi.sample(dit, arguments[0], text, null, stored["audio"], **options)
 save_file(velocities, f"{folder}/out-{rank}.safetensors")
+mi.leave_processes()
 """
 
 
@@ -127,6 +128,7 @@ dit(*arguments, stored["audio"]).square().sum().backward()
 gradients = {k: p.grad for k, p in mi.adapter_parameters(dit).items()}
 held = sum(p.to_local().numel() for p in dit.blocks.parameters() if hasattr(p, "to_local"))
 save_file(gradients | {"held": torch.tensor(held)}, f"{folder}/out-{rank}.safetensors")
+mi.leave_processes()
 """
 
 
@@ -183,6 +185,7 @@ def generate(song, prompt, *, out, split, seeds, **options):
 sample.generate, protocol.PROMPTS = generate, protocol.PROMPTS[:2]
 videos = protocol.protocol(folder, folder + "/out", "some", share=(rank, count))
 assert len(videos) == 20 and all(map(os.path.exists, videos))
+mi.leave_processes()
 """
 
 
