@@ -1340,12 +1340,17 @@ class State:
     def __init__(self, path, key, writes=True):
         self.path, self.key, self.writes = path, key, writes
 
+    def begin(self):
+        """An empty one, which says that this video is still to be made."""
+        if self.writes and not os.path.exists(self.path):
+            save_safetensors(self.path, {}, {"key": self.key})
+
     def read(self):
         """(steps done, latents, the solver's past), or None."""
         if not os.path.exists(self.path):
             return None
         tensors, metadata = read_safetensors(self.path)
-        if metadata.get("key") != self.key:
+        if metadata.get("key") != self.key or not tensors:
             return None
         past = [tensors[f"past.{i}"] for i in range(len(tensors) - 1)]
         past = [kept if kept.ndim else kept.item() for kept in past]

@@ -74,6 +74,10 @@ def generate(song, prompt, **given):
     if plan:
         states = states_of(options, seeds, writes)
         seeds = unfinished(states)
+        if count > 1:
+            mi.wait_for_all()  # until all have seen what is there
+        for seed in seeds:
+            states[seed].begin()
         make = partial(long_video, options, plan, states)
     paths = [make(seed, dit, decoder, text, null, audio, writes) for seed in seeds]
     print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(options.device):.2f} GB")
@@ -246,13 +250,11 @@ def files_of(weights):
 
 
 def unfinished(states):
-    """The seeds that a killed run of the same command did not finish."""
-    seeds = list(states)
-    for i, seed in enumerate(seeds):
-        if os.path.exists(states[seed].path):
-            print(f"seed {seed} goes on from {states[seed].path}")
-            return seeds[i:]
-    return seeds
+    """The seeds that a killed run of the same command did not finish; all where there was none."""
+    seeds = [seed for seed, state in states.items() if os.path.exists(state.path)]
+    if seeds:
+        print(f"seed {seeds[0]} goes on from {states[seeds[0]].path}")
+    return seeds or list(states)
 
 
 def stem_of(options, seed):
