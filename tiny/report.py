@@ -50,7 +50,9 @@ def report(adapter=None, count=32, sounds=None):
         except mi.InputError as error:  # they are the user's to install
             print(f"not measured: {error}")
             continue
-        filmed(studio, f"people, {name}", people[: len(found)], found)
+        plain = ["a person dancing"] * count
+        for kind, prompts in (("people", people), ("a person dancing", plain)):
+            print_pulse(filmed(studio, f"{kind}, {name}", prompts[: len(found)], found), found)
     print_style(studio, songs)
     print_long(studio, people[:8], songs[:8])
     print(f"Frechet distance of the prior's clips: {to_the_world(of_the_prior()):.3f}")
@@ -197,6 +199,13 @@ def print_likeness(films, subject):
     alone = Studio().film([f"a {subject} dancing"] * len(films))
     own, prior = (to_the_world(some, subject) for some in (films, alone))
     print(f"Frechet distance to the world's {subject}: {own:.3f}, the prior's: {prior:.3f}")
+
+
+def print_pulse(films, songs):
+    """What a dance half a beat off has in common with one on the beat: r but for its sign."""
+    own, other = (np.abs(r) for r in follow(films, songs, 1.0)[:2])
+    values = f"{own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f}"
+    print(f"{'  on the beat or half-way':30} r {values} ± {error(other):.2f}", flush=True)
 
 
 def print_lag(films, songs, thirds=3):
