@@ -240,9 +240,13 @@ def plan(rows, o, dit, results):
     return left, broken
 
 
+def differences(wanted, identity):
+    """What differs; an older cell's identity may have more in it."""
+    return [name for name in wanted if identity.get(name) != wanted[name]]
+
+
 def check_same(cell, identity):
-    wanted = cell.identity()
-    changed = [name for name in wanted if identity.get(name) != wanted[name]]
+    changed = differences(cell.identity(), identity)
     if changed:
         others = f"another {', '.join(changed)}; name another --out, or remove it"
         raise mi.InputError(f"{cell.folder} holds a cell with {others}")
@@ -285,7 +289,7 @@ def twin_of(cell, results):
     wanted = cell.identity()
     for row, cells in results.items():
         figures = cells.get(cell.seed, {})
-        if "as" not in figures and figures.get("identity") == wanted:
+        if figures and "as" not in figures and not differences(wanted, figures["identity"]):
             return row
     return None
 

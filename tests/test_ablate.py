@@ -234,6 +234,19 @@ def test_a_row_that_is_another_is_not_trained_twice(small, tmp_path, monkeypatch
         assert f"| {row} (as ours) |" in printed
 
 
+def test_a_twin_may_be_older(small, tmp_path, monkeypatch):
+    """Its identity has what is free by now."""
+    given = {"out": str(tmp_path), "seeds": (1,), **small}
+    ablate.ablate(["ours"], **given)
+    path = tmp_path / "ours-1" / "result.json"
+    kept = json.loads(path.read_text())
+    kept["identity"]["eval_every"] = 77
+    path.write_text(json.dumps(kept))
+    monkeypatch.setitem(rows.ROWS, "window 0", {})
+    results, _ = ablate.ablate(["ours", "window 0"], **given)
+    assert results["window 0"][1]["as"] == "ours"
+
+
 def test_the_prior_hears_nothing_and_an_untrained_adapter_is_the_prior(small, tmp_path):
     """At step 0 the learning rate is 0, so that after one step the zeros still stand."""
     options = small | {"steps": 1, "seeds": (1, 2), "out": str(tmp_path)}
