@@ -1164,28 +1164,36 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what is wrong and what to do."""
 
 
+RENAMED = []  # files that get their names now: a stop waits until what belongs together is there
+
+
 @contextmanager
-def written_whole(path, exclusive=False):
+def written_whole(path, recipe=None):
     """A temporary name beside `path` to write to: renamed at the end, removed if anything fails.
 
-    exclusive: it is an InputError if there is a file of that name by then.
+    recipe: kept in the .json beside it; then it is an InputError if `path` is there already.
     """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
-    ending = os.path.splitext(name)[1][:20]
-    temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending}")
+    begin, ending = os.path.splitext(path)
+    temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending[:20]}")
     try:
         os.makedirs(folder, exist_ok=True)
         clear_temporaries(folder)
         yield temporary
-        if exclusive:
+        RENAMED.append(path)
+        if recipe is not None:
             open(path, "x").close()  # claims the name, or fails; not every disk has hard links
         os.replace(temporary, path)
+        if recipe is not None:
+            save_json(f"{begin}.json", recipe)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if path in RENAMED:
+            RENAMED.remove(path)
 
 
 @functools.cache  # once a process, or many files in one folder would take long
@@ -2143,13 +2151,14 @@ def from_pixels(frames):
     return torch.from_numpy(np.asarray(frames)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, exclusive=False):
+def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, recipe=None):
     """H.264 (yuv420p), with the song, cut or silenced to the picture's length, as AAC.
 
     video: (3, T, H, W) in [-1, 1], or an iterable of such pieces, which are written as they come.
-    Written whole or not at all; exclusive: over no other file. Raises InputError where it cannot.
+    recipe: what to keep in the .json beside it; then it is written over no other file.
+    Written whole or not at all. Raises InputError where it cannot.
     """
-    with written_whole(path, exclusive) as temporary, folder_beside(temporary) as folder:
+    with written_whole(path, recipe) as temporary, folder_beside(temporary) as folder:
         silent = os.path.join(folder, "silent.mp4") if song else temporary
         count = write_frames(silent, [video] if torch.is_tensor(video) else video, fps)
         if song:
@@ -2451,6 +2460,8 @@ def main(function):
 
 def stop(number, frame):
     """KeyboardInterrupt, and again in five seconds: the clean-up of some libraries swallows it."""
+    if RENAMED:
+        return ring_in(0.1)
     ring_in(5)
     raise KeyboardInterrupt
 

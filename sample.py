@@ -264,10 +264,9 @@ def stem_of(options, seed):
 
 def finish(options, seed, film, dit):
     """Write a film, or what gives its pieces, and its recipe; returns its path."""
-    stem = stem_of(options, seed)
-    path = save(new_path(options.out, stem), film, dit.config.fps, options)
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
-    mi.save_json(os.path.splitext(path)[0] + ".json", recipe)
+    path = new_path(options.out, stem_of(options, seed))
+    path = save(path, film, dit.config.fps, options, recipe)
     print(path)
     return path
 
@@ -286,16 +285,16 @@ def new_path(out, stem):
     return path
 
 
-def save(path, film, fps, options):
+def save(path, film, fps, options, recipe):
     """Write the video; under the next free name, where another process took this one meanwhile."""
     window = options.song, options.start, options.speed
     try:
         pieces = film() if callable(film) else film
-        mi.save_video(path, pieces, fps, *window, exclusive=True)
-    except mi.InputError:
-        if not os.path.exists(path):
+        mi.save_video(path, pieces, fps, *window, recipe)
+    except mi.InputError as error:
+        if not isinstance(error.__cause__, FileExistsError):
             raise
-        return save(new_path(path, ""), film, fps, options)
+        return save(new_path(path, ""), film, fps, options, recipe)
     return path
 
 

@@ -3,6 +3,7 @@
 import math
 import os
 import shutil
+import signal
 
 import imageio
 import numpy as np
@@ -150,6 +151,34 @@ def test_failed_writing_leaves_nothing(tmp_path):
             open(temporary, "w").close()
             raise OSError("disk full")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stop_waits_until_video_and_recipe_are_there(tmp_path, monkeypatch):
+    def stopped_before(path, value, save=mi.save_json):
+        mi.stop(signal.SIGINT, None)
+        save(path, value)
+
+    rings = []
+    monkeypatch.setattr(mi, "ring_in", rings.append)
+    monkeypatch.setattr(mi, "save_json", stopped_before)
+    with mi.written_whole(tmp_path / "a.mp4", recipe={"seed": 1}) as temporary:
+        open(temporary, "w").close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.json", "a.mp4"]
+    assert rings == [0.1]  # to be stopped again
+    with pytest.raises(KeyboardInterrupt):
+        mi.stop(signal.SIGALRM, None)
+
+
+def test_a_recipe_that_cannot_be_written_is_no_name_that_is_taken(tmp_path):
+    (tmp_path / "a.json").mkdir()
+    with pytest.raises(mi.InputError, match="a.json") as raised:
+        with mi.written_whole(tmp_path / "a.mp4", recipe={}) as temporary:
+            open(temporary, "w").close()
+    assert not isinstance(raised.value.__cause__, FileExistsError)
+    with pytest.raises(mi.InputError) as raised:  # as a.mp4 is now
+        with mi.written_whole(tmp_path / "a.mp4", recipe={}) as temporary:
+            open(temporary, "w").close()
+    assert isinstance(raised.value.__cause__, FileExistsError)
 
 
 def test_names_of_255_bytes_can_be_written(tmp_path):
