@@ -4,6 +4,8 @@ Top to bottom:   songs and scenes | sampling many films | their scores
 """
 
 import os
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from eval import beats as bt
 from eval import quality
 from eval.style import style
 from tiny import music, world
+from tiny.recordings import beat_at
 
 # ----------------------------------------------------------------------------------------------
 # Songs that no stage of the toy was trained on, and who dances to them
@@ -27,25 +30,32 @@ KINDS = {  # name: what is fixed of their scenes
 }
 
 
-def unseen_songs(count, folder):
-    """[(file, tempo, start)], one genre after another, of 80 to 144 BPM: three quarters and five
-    quarters of them lie within what was trained on."""
+class Song(NamedTuple):
+    """A file, and where in it a film begins."""
+
+    path: str
+    start: float  # seconds
+    beats: np.ndarray  # (K,), seconds
+    genre: str
+
+    def positions(self, frames, speed=1.0):
+        """(frames,): where in the song each frame is, in beats."""
+        return beat_at(self.beats, self.start + speed * np.arange(frames) / world.FPS)
+
+
+def unseen_songs(count, folder, make=music.compose, seed=77, first=900_000):
+    """[Song], one genre after another, of 80 to 144 BPM: three quarters and five quarters of them
+    lie within what was trained on. make(genre, tempo, number, seconds): numbers from `first` on."""
     songs = []
     for i in range(count):
         genre = list(world.GENRES)[i % len(world.GENRES)]
-        rng = np.random.default_rng((77, i))
+        rng = np.random.default_rng((seed, i))
         tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
-        path = os.path.join(folder, f"{genre}{i}.wav")
+        path = os.path.join(folder, f"{make.__name__}-{first + i}-{genre}.wav")
         if not os.path.exists(path):
-            music.save_wav(path, music.compose(genre, tempo, 900_000 + i, 20.0))
-        songs.append((path, tempo, float(rng.uniform(0, 3))))
+            music.save_wav(path, make(genre, tempo, first + i, 20.0))
+        songs.append(Song(path, float(rng.uniform(0, 3)), np.arange(0, 20, 60 / tempo), genre))
     return songs
-
-
-def beats_of(songs, frames=world.FRAMES):
-    """The position in its song, in beats, of each frame: [(frames,)]."""
-    t = torch.arange(frames) / world.FPS
-    return [(start + t) * tempo / 60 for _, tempo, start in songs]
 
 
 def scenes_of(kind, count, seed):
@@ -70,7 +80,7 @@ def scenes_of(kind, count, seed):
 class Studio:
     """A weights folder's models, for many films at once; as sample.py makes them."""
 
-    def __init__(self, weights, adapter, device="cpu", dtype=torch.float32):
+    def __init__(self, weights, adapter=None, device="cpu", dtype=torch.float32):
         self.weights, self.device = weights, device
         self.dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype)
         self.decoder = mi.load_decoder(os.path.join(weights, "decoder.safetensors"), device, dtype)
@@ -81,24 +91,26 @@ class Studio:
             mi.load_adapter(self.dit, adapter)
             self.listen = mi.AudioEncoder(weights, device)
 
-    def film(self, prompts, songs, seed, at_once=16):
-        """Yield uint8 (T, H, W, 3) for each prompt and its song; films of a seed have its noise."""
-        o, config = self.options, self.dit.config
+    def film(self, prompts, songs=None, seed=0, speed=1.0, at_once=16, **given):
+        """Yield uint8 (T, H, W, 3) for each prompt and its Song; films of a seed have its noise.
+        given: fields of musicinfuser.SamplingOptions."""
+        o, config = replace(self.options, **given), self.dit.config
         *texts, null = mi.encode_text(self.weights, [*prompts, ""], self.device)
         for first in range(0, len(prompts), at_once):
             rows = range(first, min(first + at_once, len(prompts)))
             noise = [mi.noise_for(seed + i, config, o.frames, o.size) for i in rows]
             inputs = torch.cat(noise).to(self.device), stacked([texts[i] for i in rows])
-            inputs += stacked([null for _ in rows]), self.audio([songs[i] for i in rows])
-            for video in mi.noise_to_video(self.dit, self.decoder, *inputs, o):
+            inputs += (stacked([null for _ in rows]),)
+            audio = None
+            if songs and self.listen:
+                audio = self.hear([songs[i] for i in rows], o.frames, speed)
+            for video in mi.noise_to_video(self.dit, self.decoder, *inputs, audio, o):
                 yield mi.to_pixels(video)
 
-    def audio(self, songs):
-        """(B, A, D_audio) of songs (file, tempo, start); None without an adapter."""
-        if not self.listen:
-            return None
-        frames, fps = self.options.frames, self.dit.config.fps
-        waves = [mi.music_window(path, frames, fps, start)[0] for path, _, start in songs]
+    def hear(self, songs, frames, speed):
+        """(B, A, D_audio)"""
+        how = frames, self.dit.config.fps
+        waves = [mi.music_window(song.path, *how, song.start, speed)[0] for song in songs]
         return torch.cat([self.listen(waveform) for waveform in waves])
 
     def through_vae(self, film):
@@ -119,22 +131,22 @@ def stacked(texts):
 # ----------------------------------------------------------------------------------------------
 
 
-def follow(films, songs):
-    """{r, other, tempo}: the mean r with the own song and with the neighbour's, and how the tempos
-    of motion and music correlate over the films."""
+def follow(films, songs, speed=1.0):
+    """(r of each film with its own song, with the next one's, how the tempos of motion and music
+    correlate over the films)."""
     energies = [bt.motion_energy(film) for film in films]
-    t = (np.arange(len(energies[0])) + 0.5) / world.FPS
-    beats = [(start + t) * tempo / 60 for _, tempo, start in songs]
-    others = beats[1:] + beats[:1]
+    beats = [middles(song.positions(len(films[0]), speed)) for song in songs]
+    own = np.array([bt.beat_correlation(e, b) for e, b in zip(energies, beats)])
+    other = np.array([bt.beat_correlation(e, b) for e, b in zip(energies, beats[1:] + beats[:1])])
     tempos = [bt.motion_tempo(energy) for energy in energies]
-    correlation = 0.0
-    if len(set(tempos)) > 1:
-        correlation = float(np.corrcoef(tempos, [tempo for _, tempo, _ in songs])[0, 1])
-    return {
-        "r": float(np.mean([bt.beat_correlation(e, b) for e, b in zip(energies, beats)])),
-        "other": float(np.mean([bt.beat_correlation(e, b) for e, b in zip(energies, others)])),
-        "tempo": correlation,
-    }
+    if len(set(tempos)) == 1:
+        return own, other, 0.0
+    return own, other, np.corrcoef(tempos, [np.diff(b).mean() for b in beats])[0, 1]
+
+
+def middles(beats):
+    """Between each two frames, where the motion is."""
+    return (beats[1:] + beats[:-1]) / 2
 
 
 def film_scores(studio, count, seed, folder, truth=False):
@@ -149,16 +161,17 @@ def film_scores(studio, count, seed, folder, truth=False):
     scores, features = {}, []
     for kind in KINDS:
         scenes, prompts = scenes_of(kind, count, seed)
-        beats = beats_of(songs, studio.options.frames)
+        beats = [song.positions(studio.options.frames) for song in songs]
         if truth:
-            danced = (world.render(scene, beat) for scene, beat in zip(scenes, beats))
+            danced = (world.render(scene, torch.from_numpy(b)) for scene, b in zip(scenes, beats))
             films = [studio.through_vae(film) for film in danced]
         else:
             films = list(studio.film(prompts, songs, 1000 * seed))
-        scores[kind] = follow(films, songs)
+        own, other, tempo = follow(films, songs)
+        scores[kind] = {"r": own.mean(), "other": other.mean(), "tempo": tempo}
         if kind == "plain prompt":
             genres = [scene["genre"] for scene in scenes]
-            scores["style"], _ = style(films, [beat.numpy() for beat in beats], genres)
+            scores["style"], _ = style(films, beats, genres)
         else:
             features += [quality.features(mi.from_pixels(f), studio.encoder) for f in films]
     scores["frechet"] = quality.frechet_distance(*quality.gaussian(features), *world_clips)

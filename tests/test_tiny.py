@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import musicinfuser as mi
-from tiny import listen, make, music, recordings, world
+from tiny import listen, make, music, recordings, report, world
 
 TINY = make.HERE
 
@@ -243,3 +243,13 @@ def test_data_is_what_training_finds(tmp_path, monkeypatch):
     assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]
     frames = list(mi.read_frames(aist[0].path, world.SIZE, world.SIZE, crop=aist[0].crop))
     assert len(frames) >= world.FRAMES
+
+
+def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "SONGS", str(tmp_path))
+    report.of_prompts(["a person dancing"], count=4)
+    number = r"(-?\d\.\d\d)"
+    own, other = re.search(
+        rf" r {number} ± .* another song {number} ±", capsys.readouterr().out
+    ).groups()
+    assert float(own) > 0.3 and float(own) - float(other) > 0.3

@@ -3,7 +3,6 @@
 import math
 import os
 from functools import cache
-from typing import NamedTuple
 
 import imageio
 import numpy as np
@@ -11,25 +10,22 @@ import torch
 
 import musicinfuser as mi
 from dataset.aist import PLAIN
-from eval.beats import beat_correlation, beat_lag, motion_energy, motion_tempo
+from eval import films as fl
+from eval.beats import beat_correlation, beat_lag, motion_energy
+from eval.films import Song, Studio, follow, middles
 from eval.quality import features, frechet_distance, gaussian, load_reference
 from eval.style import style
 from tiny import music, recordings, world
-from tiny.studio import WORK, Studio, frozen_encoder, in_folder
+from tiny.studio import HERE, WORK, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES
 
-
-class Song(NamedTuple):
-    path: str
-    start: float  # of the clip in it, seconds
-    beats: np.ndarray  # (K,), seconds
-    genre: str
+SONGS = os.path.join(WORK, "songs")
 
 
 def report(adapter=None, count=32, sounds=None):
     """Print the figures of the shipped adapter, or of another; only the shipped one's pictures
     are kept."""
-    studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
+    studio = studio_of(adapter)
     songs = unseen_songs(count)
     people, dogs = prompts_of("person", count), prompts_of("dog", count)
     for subject in ("person", "dog"):
@@ -63,7 +59,7 @@ def report(adapter=None, count=32, sounds=None):
 
 def of_prompts(prompts, adapter=None, count=32):
     """Print the figures of some prompts alone."""
-    studio, songs = Studio(adapter or in_folder("musicinfuser.safetensors")), unseen_songs(count)
+    studio, songs = studio_of(adapter), unseen_songs(count)
     for prompt in prompts:
         filmed(studio, prompt, [prompt] * count, songs)
 
@@ -71,7 +67,7 @@ def of_prompts(prompts, adapter=None, count=32):
 def choose(adapter=None, count=32):
     """Print what guidance does, on other songs than the report's: the folder's defaults are chosen
     here."""
-    studio = Studio(adapter or in_folder("musicinfuser.safetensors"))
+    studio = studio_of(adapter)
     songs = unseen_songs(count, seed=78)
     for cfg, music_cfg, above in ((2.5, 4, 0.0), (2.5, 4, 0.6), (1.5, 4, 0.6), (2.5, 7, 0.6)):
         given = {"cfg": cfg, "music_cfg": music_cfg, "music_above": above}
@@ -80,6 +76,10 @@ def choose(adapter=None, count=32):
             prompts = prompts_of(subject, count, 78)
             films += list(filmed(studio, f"{subject}, {name}", prompts, songs, **given))
         print(f"Frechet distance of these: {to_the_world(films):.3f}", flush=True)
+
+
+def studio_of(adapter):
+    return Studio(HERE, adapter or in_folder("musicinfuser.safetensors"))
 
 
 def prompts_of(subject, count, seed=7):
@@ -94,9 +94,7 @@ def prompts_of(subject, count, seed=7):
 
 
 def unseen_songs(count, seed=77):
-    """Songs that no stage was trained on, one genre after another, 80 to 144 BPM, so that three
-    quarters and five quarters of their tempos lie within what was seen."""
-    return [unseen_song(i, music.compose, seed) for i in range(count)]
+    return fl.unseen_songs(count, SONGS, seed=seed, first=10_000 * seed)
 
 
 def sampled_songs(count, sounds):
@@ -106,17 +104,7 @@ def sampled_songs(count, sounds):
     def play(genre, tempo, seed, seconds):
         return music.play_sampled(genre, tempo, seed, seconds, fonts, kits)
 
-    return [unseen_song(i, play) for i in range(count)]
-
-
-def unseen_song(i, make, seed=77):
-    genre = list(world.GENRES)[i % len(world.GENRES)]
-    rng = np.random.default_rng((seed, i))
-    tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
-    path = os.path.join(WORK, "songs", f"{make.__name__}-{seed}-{genre}{i}.wav")
-    if not os.path.exists(path):
-        music.save_wav(path, make(genre, tempo, 10_000 * seed + i, 20.0))
-    return Song(path, float(rng.uniform(0, 3)), np.arange(0, 20, 60 / tempo), genre)
+    return fl.unseen_songs(count, SONGS, play, first=770_000)
 
 
 def recorded_songs(count, sounds):
@@ -127,20 +115,10 @@ def recorded_songs(count, sounds):
         if len(piece.beats) < 16 or used.get(piece.source, 0) == 2 or len(songs) == count:
             continue
         used[piece.source] = used.get(piece.source, 0) + 1
-        path = os.path.join(WORK, "songs", f"recording-{i}.wav")
+        path = os.path.join(SONGS, f"recording-{i}.wav")
         music.save_wav(path, music.level(piece.samples.astype(np.float32)))
         songs.append(Song(path, 0.6, piece.beats, ""))
     return songs
-
-
-def windows_of(songs, speed):
-    return [(song.path, song.start, speed) for song in songs]
-
-
-def beats_of(song, speed, frames):
-    """The position in the song of each frame, in beats."""
-    times = song.start + speed * np.arange(frames) / FPS
-    return recordings.beat_at(song.beats, times)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,12 +131,12 @@ def ground_truth(subject, songs):
     films = []
     for song in songs:
         scene = world.draw_scene(rng, subject=subject, camera="01")
-        films.append(world.render(scene, torch.from_numpy(beats_of(song, 1.0, FRAMES))))
+        films.append(world.render(scene, torch.from_numpy(song.positions(FRAMES))))
     return films
 
 
 def filmed(studio, name, prompts, songs, speed=1.0, **given):
-    films = studio.film(prompts, windows_of(songs, speed), **given)
+    films = list(studio.film(prompts, songs, speed=speed, **given))
     line(name, films, songs, speed)
     return films
 
@@ -174,36 +152,20 @@ def line(name, films, songs, speed=1.0):
     )
 
 
-def follow(films, songs, speed=1.0):
-    """(r of each film with its song, with the next one's, correlation of the motion's tempos
-    with the songs')."""
-    energies = [motion_energy(film) for film in films]
-    beats = [middles(beats_of(song, speed, len(films[0]))) for song in songs]
-    own = np.array([beat_correlation(e, b) for e, b in zip(energies, beats)])
-    other = np.array([beat_correlation(e, b) for e, b in zip(energies, beats[1:] + beats[:1])])
-    wanted = [60 * FPS * np.diff(b).mean() for b in beats]
-    return own, other, np.corrcoef([motion_tempo(e) for e in energies], wanted)[0, 1]
-
-
-def middles(beats):
-    """Between each two frames, where the motion is."""
-    return (beats[1:] + beats[:-1]) / 2
-
-
 def error(values):
     return np.std(values) / math.sqrt(len(values))
 
 
 def print_likeness(films, subject):
     """Is it still what the prompt asks for? Nothing in r asks what it is that moves."""
-    alone = Studio().film([f"a {subject} dancing"] * len(films))
+    alone = Studio(HERE).film([f"a {subject} dancing"] * len(films))
     own, prior = (to_the_world(some, subject) for some in (films, alone))
     print(f"Frechet distance to the world's {subject}: {own:.3f}, the prior's: {prior:.3f}")
 
 
 def print_pulse(films, songs):
     """What a dance half a beat off has in common with one on the beat: r but for its sign."""
-    own, other = (np.abs(r) for r in follow(films, songs, 1.0)[:2])
+    own, other = (np.abs(r) for r in follow(films, songs)[:2])
     values = f"{own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f}"
     print(f"{'  on the beat or half-way':30} r {values} ± {error(other):.2f}", flush=True)
 
@@ -212,7 +174,7 @@ def print_lag(films, songs, thirds=3):
     """By how much the rests come after the beats: a dance that runs slow is late in the end."""
     lags = []
     for film, song in zip(films, songs):
-        beats = middles(beats_of(song, 1.0, len(film)))
+        beats = middles(song.positions(len(film)))
         parts = zip(np.array_split(motion_energy(film), thirds), np.array_split(beats, thirds))
         lags.append([beat_lag(*part) for part in parts])
     turned = np.angle(np.exp(2j * np.pi * np.array(lags)).mean(0)) / (2 * np.pi)
@@ -220,17 +182,17 @@ def print_lag(films, songs, thirds=3):
 
 
 def print_style(studio, songs, **given):
-    films = studio.film([PLAIN] * len(songs), windows_of(songs, 1.0), **given)
-    beats = [beats_of(song, 1.0, FRAMES) for song in songs]
+    films = studio.film([PLAIN] * len(songs), songs, **given)
+    beats = [song.positions(FRAMES) for song in songs]
     share = style(films, beats, [song.genre for song in songs])[0]
     print(f"style: the dance is the music's genre's in {share:.2f} (chance 0.1)", flush=True)
 
 
 def print_long(studio, prompts, songs, frames=271):
-    films = studio.film(prompts, windows_of(songs, 1.0), frames=frames)
+    films = list(studio.film(prompts, songs, frames=frames))
     third = frames // 3
     for name, part in (("first", slice(0, third)), ("last", slice(frames - third, frames))):
-        beats = [middles(beats_of(song, 1.0, frames)[part]) for song in songs]
+        beats = [middles(song.positions(frames)[part]) for song in songs]
         r = [beat_correlation(motion_energy(film[part]), b) for film, b in zip(films, beats)]
         print(f"{frames} frames, {name} third: r {np.mean(r):.2f} ± {error(r):.2f}", flush=True)
 
@@ -238,7 +200,7 @@ def print_long(studio, prompts, songs, frames=271):
 def of_the_prior(count=128, seed=9):
     """Silent films, of all subjects."""
     rng = np.random.default_rng(seed)
-    return Studio().film([world.caption(world.draw_scene(rng), rng)[0] for _ in range(count)])
+    return Studio(HERE).film([world.caption(world.draw_scene(rng), rng)[0] for _ in range(count)])
 
 
 def to_the_world(films, subject=None):
