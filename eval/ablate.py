@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
+from operator import itemgetter
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the slow imports is no traceback
@@ -331,16 +332,20 @@ def name_of(row, figures):
     return f"{row} (as {', '.join(twins)})" if twins else row
 
 
-def against(results, base="ours"):
-    """Each row less `base` at the same seeds: the noise that the two share cancels."""
-    lines = [[f"less {base}", *HEAD, "seeds"]]
+def print_against(results, columns, digits, base="ours"):
+    """Each row less `base` at the same seeds: the noise that the two share cancels.
+
+    results: {row: {seed: figures}}; columns: {heading: the number that figures have there}.
+    """
+    lines = [[f"less {base}", *columns, "seeds"]]
     for row, cells in results.items():
-        both = [seed for seed in cells if seed in results[base]]
-        if row == base or not both:
-            continue
-        less = [[cells[s][key] - results[base][s][key] for s in both] for key in KEYS]
-        lines.append([row, *(mean_error(values, 4, "+") for values in less), str(len(both))])
-    return markdown(*lines)
+        pairs = [(cells[seed], own) for seed, own in results.get(base, {}).items() if seed in cells]
+        if row != base and pairs:
+            less = [[of(cell) - of(own) for cell, own in pairs] for of in columns.values()]
+            means = [mean_error(values, digits, "+") for values in less]
+            lines.append([row, *means, str(len(pairs))])
+    if len(lines) > 1:
+        print(f"\n{markdown(*lines)}")
 
 
 def print_tables(results, failed):
@@ -348,8 +353,7 @@ def print_tables(results, failed):
     where = {f"{f.get('commit')}, {f.get('hardware')}" for f in figures}
     where |= {f"{f['identity']['steps']} steps of {f['identity']['batch']}" for f in figures}
     print(f"\n{'; '.join(sorted(where))}\n\n{table(results, failed)}")
-    if "ours" in results and len(results) > 1:
-        print(f"\n{against(results)}")
+    print_against(results, dict(zip(HEAD, map(itemgetter, KEYS))), 4)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -367,11 +371,14 @@ def film_rows(rows, results, o):
             found = filmed(row, seed, o) | {"of": of}
             mi.save_json(path, found)
         if found.get("of") == of:
-            scores.setdefault(row, []).append(found)
+            scores.setdefault(row, {})[seed] = found
     if not scores:
         print("\nno films: there is no finished row to film")
         return
     print(f"\n{o.films} films of each kind and seed\n\n{films_table(scores)}")
+    columns = {f"{kind}: r": lambda found, kind=kind: found[kind]["r"] for kind in films.KINDS}
+    columns |= {"style": itemgetter("style"), "Frechet": itemgetter("frechet")}
+    print_against(scores, columns, 2)  # films of a seed share scenes and noise
 
 
 def films_of(rows, results):
@@ -396,10 +403,11 @@ def filmed(row, seed, o):
 
 
 def films_table(scores):
-    """scores: {row: [film_scores of a seed, ...]}"""
+    """scores: {row: {seed: film_scores}}"""
     kinds = [f"{kind}: r, own song / another / tempo" for kind in films.KINDS]
     lines = [["row", *kinds, "style", "Frechet", "seeds"]]
-    for row, seeds in scores.items():
+    for row, by_seed in scores.items():
+        seeds = by_seed.values()
         cells = [film_cell([found[kind] for found in seeds]) for kind in films.KINDS]
         ends = [mean_error([found[key] for found in seeds]) for key in ("style", "frechet")]
         lines.append([row, *cells, *ends, str(len(seeds))])

@@ -375,6 +375,10 @@ def test_films_of_each_row_between_the_prior_and_the_ground_truth(
     frechet = np.array([found["frechet"] for found in scores["ours"]])
     error = frechet.std(ddof=1) / math.sqrt(2)
     assert f"{frechet.mean():.2f} ± {error:.2f} | 2 |" in printed
+    pairs = zip(scores["feature addition"], scores["ours"])
+    less = np.array([found["people"]["r"] - own["people"]["r"] for found, own in pairs])
+    error = less.std(ddof=1) / math.sqrt(2)
+    assert f"| feature addition | {less.mean():+.2f} ± {error:.2f} |" in printed
     for kind in films.KINDS:
         assert set(scores[rows.TRUTH][0][kind]) == {"r", "other", "tempo"}
     people = [found[0]["people"] for found in scores.values()]
