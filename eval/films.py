@@ -51,7 +51,7 @@ def unseen_songs(count, folder, make=music.compose, seed=77, first=900_000):
         genre = list(world.GENRES)[i % len(world.GENRES)]
         rng = np.random.default_rng((seed, i))
         tempo = float(np.exp(rng.uniform(np.log(80), np.log(144))))
-        path = os.path.join(folder, f"{make.__name__}-{first + i}-{genre}.wav")
+        path = os.path.join(folder, f"{make.__name__}-{seed}-{first + i}-{genre}.wav")
         if not os.path.exists(path):
             music.save_wav(path, make(genre, tempo, first + i, 20.0))
         songs.append(Song(path, float(rng.uniform(0, 3)), np.arange(0, 20, 60 / tempo), genre))
