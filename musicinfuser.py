@@ -1747,7 +1747,7 @@ def compile_blocks(dit):
 
 
 def join_processes(options):
-    """(rank, count) of this process; its own GPU becomes options.device, only rank 0 prints."""
+    """(rank, count) of this process; its own GPU is the device "cuda", only rank 0 prints."""
     count = os.environ.get("WORLD_SIZE", "1")
     if count == "1":
         return 0, 1
@@ -1755,8 +1755,8 @@ def join_processes(options):
         raise InputError("WORLD_SIZE is set, but this is not torchrun; unset it")
     backend = "gloo"
     if torch.device(options.device).type == "cuda":
-        backend, options.device = "nccl", f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(options.device)
+        backend, options.device = "nccl", "cuda"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # Some wait long: the first makes a cache for all
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
@@ -2054,7 +2054,9 @@ def first_complaint(stderr):
 def decode_audio(path, start=0.0, seconds=None):
     """(channels, samples) float32 and their rate, from any file that ffmpeg reads. InputError."""
     cut = ["-ss", f"{start:.6f}"] + ([] if seconds is None else ["-t", f"{seconds:.6f}"])
-    how = "-map 0:a:0 -map_metadata -1 -c:a pcm_f32le -f wav -".split()
+    # Silence where a video's sound begins late or has a gap, so that it stays with the picture
+    how = "-map 0:a:0 -af aresample=async=1:first_pts=0 -map_metadata -1 -c:a pcm_f32le".split()
+    how += ["-f", "wav", "-"]
     try:
         wav = ffmpeg(path, *cut, *how, purpose="be read as audio")
     except InputError as error:
@@ -2107,7 +2109,9 @@ def count_frames(path, fps=30):
     """How many frames a video has at `fps`, without decoding it. Raises InputError."""
     how = "-map 0:v:0 -c copy -f framecrc -".split()
     packets = ffmpeg(path, *how, purpose="be read as video").decode()
-    times = re.findall(r"^0,\s*\S+\s+(-?\d+),\s*(\d+)", packets, re.M)  # shown at, for how long
+    hidden = r"F=0x[0-9a-f]*[4-7c-f]\b"  # by an edit list, as where a video was cut without coding
+    shown = rf"^0,\s*\S+\s+(-?\d+),\s*(\d+)(?!.*{hidden})"  # at, for how long
+    times = re.findall(shown, packets, re.M)
     if not times:
         return 0
     unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds

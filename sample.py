@@ -61,24 +61,24 @@ def generate(song, prompt, **given):
         print(f"windows  {len(plan)} of {options.window_frames} frames")
     text, null, audio = encode(options, dit, waveform, plan)
     dit, decoder = load(options)
-    seeds, writes = options.seeds, rank == 0
+    each_its_own = count > 1 and options.split == "seeds"
+    writes = rank == 0 or each_its_own
     if count > 1 and options.split == "tokens":
         mi.TokenParallel(dit)
     elif count > 1 and options.split == "branches":
         mi.BranchParallel(dit)
-    elif count > 1:
-        seeds, writes = seeds[rank::count], True
     if not writes:
         decoder = torch.nn.Identity()  # the first process decodes
-    make = partial(video, options)
+    seeds, make = options.seeds, partial(video, options)
     if plan:
-        states = states_of(options, seeds, writes)
+        states = states_of(options, writes)
         seeds = unfinished(states)
-        if count > 1:
-            mi.wait_for_all()  # until all have seen what is there
-        for seed in seeds:
+        mi.wait_for_all()  # until all have seen what is there
+        for seed in seeds if rank == 0 else ():
             states[seed].begin()
         make = partial(long_video, options, plan, states)
+    if each_its_own:
+        seeds = seeds[rank::count]
     paths = [make(seed, dit, decoder, text, null, audio, writes) for seed in seeds]
     print(f"{time.time() - began:.1f} s, peak memory {mi.peak_memory(options.device):.2f} GB")
     return paths
@@ -225,7 +225,7 @@ def long_video(options, plan, states, seed, dit, decoder, text, null, music, wri
     return path
 
 
-def states_of(options, seeds, writes):
+def states_of(options, writes):
     """{seed: mi.State}, whose key is all that decides a video, files by their content."""
     free = "out", "split", "song", "weights", "adapter"
     recipe = {name: value for name, value in asdict(options).items() if name not in free}
@@ -233,7 +233,7 @@ def states_of(options, seeds, writes):
     files += [] if options.adapter == "none" else [options.adapter]
     recipe |= {"files": [mi.model_digest(path) for path in files], "torch": torch.__version__}
     states = {}
-    for seed in seeds:
+    for seed in options.seeds:
         key = mi.digest(recipe | {"seed": seed})
         begin = os.path.join(options.out, stem_of(options, seed))
         begin = options.out[:-4] if is_video(options.out) else begin

@@ -4,6 +4,7 @@
 and random. What surrounds the method (files, commands, training, scores) is tested in tests/.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -390,18 +391,31 @@ def test_the_papers_choices_of_layers():
     assert mi.choose_layers("even", 12) == [1, 4, 7, 10]  # a third
 
 
-def count(tensors):
-    return len(tensors), sum(p.numel() for p in tensors.values())
+RELEASED = {  # how many tensors and numbers, and the digest of all names and shapes, in their order
+    "dit": (879, 10_027_677_744, "a512ec0822d0a331"),
+    "encoder": (243, 97_222_016, "ccefa51bb09ae376"),
+    "decoder": (162, 362_526_595, "4b882876e24a326b"),
+    "musicinfuser": (514, 719_493_120, "ea38f35147425811"),
+}
 
 
-def test_sizes_are_those_of_the_released_files():
+def summary(tensors):
+    shapes = sorted((name, list(p.shape)) for name, p in tensors.items())
+    names_and_shapes = hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]
+    return len(tensors), sum(p.numel() for p in tensors.values()), names_and_shapes
+
+
+def test_names_and_shapes_are_those_of_the_released_files():
     with torch.device("meta"):
         dit, encoder, decoder = mi.DiT(**mi.MODELS["mochi"]), mi.Encoder(), mi.Decoder()
-        assert count(dit.state_dict()) == (879, 10_027_677_744)
-        assert count(encoder.state_dict()) == (243, 97_222_016)
-        assert count(decoder.state_dict()) == (162, 362_526_595)
+        assert summary(dit.state_dict()) == RELEASED["dit"]
+        assert summary(encoder.state_dict()) == RELEASED["encoder"]
+        assert summary(decoder.state_dict()) == RELEASED["decoder"]
         mi.infuse(dit, mi.MUSICINFUSER_LAYERS)
-    assert count(mi.adapter_parameters(dit)) == (514, 719_493_120)
+    assert summary(mi.adapter_parameters(dit)) == RELEASED["musicinfuser"]
+
+
+def test_the_hidden_width_of_a_feed_forward():
     assert mi.FeedForward(100).w2.in_features == 512  # 8/3 of the width, a multiple of 256
 
 

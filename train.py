@@ -84,10 +84,10 @@ def train(data, **given):
         check_init(options, outline)
     if options.sample_every:
         mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
-    defaults = asdict(mi.settle(Options, outline.config.training, {}))
+    defaults = asdict(mi.settle(Options, outline.config.training, {})) | {"processes": 1}
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
-        run.begin(identity(data, options, samples), defaults, FREE)
+        run.begin(identity(data, options, samples, workers), defaults, FREE)
         dit = load_model(options, samples)
         trainer = Trainer(options, dit, samples, held_out, run, workers)
         start = trainer.resume()
@@ -192,6 +192,8 @@ class Workers:
     def __init__(self, options):
         self.rank, self.count = mi.join_processes(options)
         self.first = self.rank == 0
+        if options.shard and self.count == 1:
+            raise mi.InputError("--shard is for several processes of torchrun; one takes --offload")
 
     def __enter__(self):
         return self
@@ -242,9 +244,9 @@ def prepare_data(data, options, config, workers):
     return Samples(folder, clips, texts, config, options), held_out
 
 
-def identity(data, options, samples):
+def identity(data, options, samples, workers):
     """What a run is, by content where it is a file; kept in its config.json."""
-    config = {"data": data} | asdict(options)
+    config = {"data": data} | asdict(options) | {"processes": workers.count}
     if options.init:
         config["init"] = content(options.init)
     config["model"] = content(os.path.join(options.weights, "dit.safetensors"))

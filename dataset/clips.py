@@ -232,8 +232,10 @@ def cut(frames, starts, length):
 
 
 def video_size(path):
-    """(height, width) of a video as it is shown, which may be on its side in the file."""
+    """(height, width) of a video as it is shown, maybe on its side in the file. Raises InputError."""
     first = ("-map", "0:v:0", "-frames:v", 1, "-f", "image2pipe", "-c:v", "pgm", "-")
     picture = mi.ffmpeg(path, *first)  # P5, width, height, 255, pixels
+    if not picture:
+        raise mi.InputError(f"{path} shows no picture")
     width, height = picture.split(maxsplit=3)[1:3]
     return int(height), int(width)

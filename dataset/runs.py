@@ -29,6 +29,7 @@ class RunFolder:
 
     def __enter__(self):
         if self.first:
+            self.check_adapter()
             self.lock()
             mi.clear_temporaries(os.path.abspath(self.folder))
         return self
@@ -38,6 +39,13 @@ class RunFolder:
             with suppress(OSError):
                 os.rmdir(self.folder)  # if nothing came of it
             os.close(self.handle)
+
+    def check_adapter(self):
+        """Raises InputError for one that this run would write over: not a run's own, which has a
+        state beside it."""
+        if os.path.exists(self.adapter) and not os.path.exists(self.state):
+            state = os.path.basename(self.state)
+            raise mi.InputError(f"{self.adapter} is there without a {state}; name another --out")
 
     def lock(self):
         """The system lets go of it however this process ends."""
@@ -89,8 +97,8 @@ class RunFolder:
                 state[f"{moment}.{name}"] = value
         for name, tensor in state.items():
             self.check_finite(tensor, f"{name} after step {step - 1}")
-        mi.save_adapter(dit, self.adapter)
-        mi.save_safetensors(self.state, state, {"step": str(step)})  # last: what is there is whole
+        mi.save_safetensors(self.state, state, {"step": str(step)})
+        mi.save_adapter(dit, self.adapter)  # last, see check_adapter
 
     def check_finite(self, tensor, what):
         if tensor.isfinite().all():

@@ -19,21 +19,22 @@ class Options(mi.VideoOptions, mi.RunOptions):
     """The size and the length of the clips."""
 
 
-def copy_report(videos, data, wild=None, weights=None, **where):
+def copy_report(videos, data, wild=None, weights=None, min_size=None, **where):
     """Print and return how near the nearest training clip is to each video, in the VAE's latents,
     and how near it is to the clips held out, which are nobody's copy.
 
-    data, wild: as train.py takes them, whose cache is used. Distances are in the deviations of the
-    latents: 0 is a copy.
+    data, wild, min_size: as train.py takes them, whose cache is used. Distances are in the
+    deviations of the latents: 0 is a copy.
     """
     given = {name: value for name, value in where.items() if value is not None}
     options, dit = mi.begin(Options, "sampling", given | {"weights": weights})
     how = options.size, options.frames, dit.config.fps, options.device, mi.DTYPES[options.dtype]
-    clips = Preprocessor(os.path.join(data, ".musicinfuser"), options.weights, *how)
+    clips = Preprocessor(os.path.join(data, ".musicinfuser"), options.weights, *how, min_size)
     training = clips.clips(find_videos(data, wild))
     held_out = clips.clips(find_videos(data, split="test"))
     if not training or not held_out:
-        raise mi.InputError(f"{data} has no clips to compare with; name train.py's --data")
+        same = "name --data, --wild and --min-size as train.py had them"
+        raise mi.InputError(f"{data} has no clips to compare with; {same}")
     made = torch.stack([normalised(encoded(video, options, clips), dit) for video in videos])
     known = torch.stack([normalised(latents_in(clips, clip), dit) for clip in held_out])
     bank = (normalised(latents_in(clips, clip), dit) for clip in training)

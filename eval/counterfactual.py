@@ -87,9 +87,14 @@ def counterfactual_report(videos, out, **where):
     rows = {}
     for i, video in enumerate(videos):  # swapped with the next one's, so that all songs come
         others = [musics[other] for other in [*videos[i + 1 :], *videos[:i]]]
-        rows[video] = counterfactual(video, others, out, **where)
+        try:
+            rows[video] = counterfactual(video, others, out, **where)
+        except bt.NoScore as error:
+            print(f"skipped  {video}: {error}")
+    if not rows:
+        raise mi.InputError("there is no video with a beat to change")
     adapters = {}
-    for video in videos:
+    for video in rows:
         adapters.setdefault(recipe_of(video).get("adapter", "?"), []).append(rows[video])
     for adapter, group in adapters.items():
         print(f"\nadapter {adapter}, {len(group)} videos\n\n{counterfactual_table(group)}")

@@ -143,6 +143,7 @@ def arguments():
     add("--out", metavar="DIR", help="of the videos made; what is there is not made again")
     add("--copied-from", metavar="DATA", help="how near is the nearest clip of train.py's --data?")
     add("--wild", metavar="DIR", help="... and of its --wild")
+    add("--min-size", nargs=2, type=int, metavar="PIXELS", help="... as it was given there")
     add("--weights", help="of --protocol and --copied-from (default as in sample.py)")
     add("--adapter", help="of --protocol; a file, or none")
     add("--seed", type=int, default=0, help="of --protocol's first video (default 0)")
@@ -190,15 +191,20 @@ def report(o, videos):
     if o.judge and not out:
         out = os.path.join(os.path.dirname(videos[0]), "scores.json")
     scores = read_object(out) if out else {}
-    scores["beats"] = beat_report(videos, o.song)
     where = {"device": o.device, "dtype": o.dtype}
+
+    def keep(name, found):
+        scores[name] = found
+        if out:
+            mi.save_json(out, scores)
+
+    keep("beats", beat_report(videos, o.song))
     if o.copied_from:
-        scores["copies"] = copy_report(videos, o.copied_from, o.wild, o.weights, **where)
+        data = o.copied_from, o.wild, o.weights, o.min_size
+        keep("copies", copy_report(videos, *data, **where))
     if o.counterfactual:
         folder = o.out or "outputs/counterfactual"
-        scores["counterfactual"] = counterfactual_report(videos, folder, **where)
-    if out:
-        mi.save_json(out, scores)
+        keep("counterfactual", counterfactual_report(videos, folder, **where))
     if o.judge:
         judge_report(videos, o.judge, out, o.device, o.dtype)
 

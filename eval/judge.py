@@ -247,11 +247,16 @@ def table(means, name):
 
 
 def caption(videos, folder, device=None, dtype=None):
-    """Describe every video that has no .txt beside it, in one, for train.py --wild."""
+    """Describe every video that has no .txt beside it, in one, for train.py --wild; those that
+    cannot be seen and heard are named."""
     todo = [video for video in videos if not os.path.exists(caption_file(video))]
     judge = load_judge(folder, device, dtype) if todo else None
     for video in tqdm(todo, "captions", unit="video", disable=not todo):
-        words = " ".join(ask(judge, video, CAPTION, tokens=96).split())
+        try:
+            words = " ".join(ask(judge, video, CAPTION, tokens=96).split())
+        except mi.InputError as error:
+            tqdm.write(f"skipped  {video}: {error}")
+            continue
         if not words:
             print(f"no answer for {video}")
             continue

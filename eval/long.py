@@ -161,7 +161,7 @@ class Films:
         given = self.given | given
         options, dit = mi.begin(sample.Options, "sampling", given)
         sample.check(options, dit)
-        (state,) = sample.states_of(options, options.seeds, True).values()
+        (state,) = sample.states_of(options, True).values()
         begin = os.path.join(self.options.out, f"film-{state.key[:12]}")
         if not os.path.exists(f"{begin}.mp4"):
             sample.generate(**given | {"out": f"{begin}.mp4"})

@@ -352,6 +352,18 @@ def test_each_song_is_swapped_with_the_next_videos(monkeypatch, tmp_path):
     assert swapped == ["b", "c", "a"]
 
 
+def test_a_video_that_cannot_be_scored_does_not_stop_the_others(generate, tmp_path, capsys):
+    pytest.importorskip("librosa")
+    videos = [dance(tmp_path / "a.mp4"), dance(tmp_path / "silent.mp4")]
+    recipe = beside.recipe_of(videos[1]) | {"song": cf.silent_song(str(tmp_path))}
+    mi.save_json(tmp_path / "silent.json", recipe)
+    report = cf.counterfactual_report(videos, str(tmp_path / "out"))
+    assert list(report["videos"]) == videos[:1]
+    assert f"skipped  {videos[1]}: no beat is heard in" in capsys.readouterr().out
+    with pytest.raises(mi.InputError, match="no video with a beat to change"):
+        cf.counterfactual_report(videos[1:], str(tmp_path / "out"))
+
+
 def test_a_video_without_a_recipe_has_no_counterfactual(tmp_path):
     pytest.importorskip("librosa")
     video = dance(tmp_path / "a.mp4")
@@ -385,3 +397,5 @@ def test_a_copy_of_a_training_clip_is_found(weights, dance_videos, tmp_path, cap
     assert rows[copy]["distance"] < rows[noise]["distance"]
     assert len(report["held_out"]) == 2 and min(report["held_out"]) > rows[copy]["distance"]
     assert "| held out |" in capsys.readouterr().out
+    with pytest.raises(mi.InputError, match="no clips to compare with; .*--min-size as train.py"):
+        copies.copy_report([copy], data, wild, str(weights), (64, 64), device="cpu")

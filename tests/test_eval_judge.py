@@ -142,6 +142,20 @@ def test_captions_are_written_once(videos, asked, monkeypatch, capsys):
     assert "every video" in capsys.readouterr().out and asked == [(videos[1], jd.CAPTION)]
 
 
+def test_a_video_that_cannot_be_heard_does_not_stop_the_captions(videos, monkeypatch, capsys):
+    def ask(judge, video, question, tokens=16):
+        if video == videos[0]:
+            raise mi.InputError("it has no sound")
+        return "a dog dances"
+
+    monkeypatch.setattr(jd, "load_judge", lambda *_: "a judge")
+    monkeypatch.setattr(jd, "ask", ask)
+    jd.caption(videos, "some")
+    assert open(videos[1].replace("mp4", "txt")).read() == "a dog dances\n"
+    assert not os.path.exists(videos[0].replace("mp4", "txt"))
+    assert f"skipped  {videos[0]}: it has no sound" in capsys.readouterr().out
+
+
 # ----------------------------------------------------------------------------------------------
 # The real classes, at random, of the smallest sizes
 # ----------------------------------------------------------------------------------------------

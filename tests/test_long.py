@@ -191,7 +191,7 @@ def state_path(weights, song, out, **change):
     given = dict(song=str(song), prompt=PROMPT, weights=str(weights), out=str(out), device="cpu")
     options, dit = mi.begin(sample.Options, "sampling", given | {"frames": 31} | change)
     sample.check(options, dit)
-    (state,) = sample.states_of(options, options.seeds, True).values()
+    (state,) = sample.states_of(options, True).values()
     return state.path
 
 

@@ -4,14 +4,17 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 
 import imageio
 import numpy as np
 import pytest
 import torch
 from conftest import PROMPT, close, write_wav
+from imageio_ffmpeg import get_ffmpeg_exe
 
 import musicinfuser as mi
+from dataset import clips
 
 
 def test_text_tokens_are_those_of_sentencepiece(weights, capsys):
@@ -123,6 +126,36 @@ def test_a_video_that_ffmpeg_says_a_lot_about_is_read_to_its_end(tmp_path, monke
     assert next(frames).shape == (2, 2, 3)
     with pytest.raises(mi.InputError, match="a.mp4 cannot be read as video"):
         next(frames)
+
+
+def cut_without_coding(video, start, path):
+    line = [get_ffmpeg_exe(), "-v", "error", "-ss", start, "-i", video, "-c", "copy", path]
+    subprocess.run(list(map(str, line)), check=True)
+    return str(path)
+
+
+def test_frames_that_an_edit_list_hides_are_not_counted(tmp_path):
+    """As where a video was cut without coding: what is before the cut stays in the file."""
+    whole = str(tmp_path / "whole.mp4")
+    mi.save_video(whole, torch.rand(3, 30, 32, 32) * 2 - 1)
+    for start, left in ((0.5, 15), (0.8, 6), (2, 0)):
+        path = cut_without_coding(whole, start, tmp_path / f"{start}.mp4")
+        assert mi.count_frames(path) == len(list(mi.read_frames(path, 32, 32))) == left
+    with pytest.raises(mi.InputError, match="2.mp4 shows no picture"):
+        clips.video_size(path)
+
+
+@pytest.mark.parametrize("ending", ["mp4", "mkv"])
+def test_sound_that_begins_late_stays_with_the_picture(tmp_path, ending):
+    click = np.zeros(32000)
+    click[16000:16100] = 0.9  # a second into the sound, which begins half a second late
+    sound, path = write_wav(tmp_path / "click.wav", click, rate=16000), str(tmp_path / "late.")
+    mi.save_video(path + "mp4", torch.rand(3, 60, 32, 32) * 2 - 1)
+    late = ["-itsoffset", 0.5, "-i", sound, "-map", "0:v", "-map", "1:a", "-c:v", "copy"]
+    mi.ffmpeg(path + "mp4", *late, "-c:a", "flac", "-strict", -2, path + f"late.{ending}")
+    for start in (0, 0.3, 0.7):
+        heard = mi.load_audio(path + f"late.{ending}", start)
+        assert abs(int(heard.abs().argmax()) / 16000 + start - 1.5) < 0.01
 
 
 def test_video_round_trip(tmp_path):

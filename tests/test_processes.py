@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from conftest import PROMPT, ROOT, inputs, randomize
 from safetensors.torch import load_file, save_file
 
 import musicinfuser as mi
+import sample
 
 JOIN = """
 import sys, types, torch, torch.distributed as dist
@@ -170,6 +172,35 @@ def test_sampling_over_processes_makes_the_same_videos(weights, song, tmp_path, 
         frames = [[*mi.read_frames(tmp_path / out / name, 32, 32)] for out in ("one", "two")]
         apart = max(abs(a.astype(int) - b).max() for a, b in zip(*frames))
         assert len(frames[0]) == 7 and apart <= 2
+
+
+def test_a_finished_seed_is_not_made_again_by_its_process(weights, song, tmp_path):
+    """Of a killed run in windows that shared out its seeds, seed 1 alone is left."""
+    given = {"song": str(song), "prompt": PROMPT, "weights": str(weights), "device": "cpu"}
+    given |= {"frames": 31, "seeds": (0, 1), "split": "seeds", "out": str(tmp_path)}
+    options, dit = mi.begin(sample.Options, "sampling", given)
+    sample.check(options, dit)
+    sample.states_of(options, True)[1].begin()
+    more = ["--weights", weights, "--device", "cpu", "--seed", 0, 1, "--frames", 31]
+    run = torchrun(2, "sample.py", song, PROMPT, *more, "--split", "seeds", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "seed 1 goes on from " in run.stdout
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["seed"] == 1 and len(list(tmp_path.iterdir())) == 2
+
+
+def test_each_process_has_its_own_gpu_under_one_name(monkeypatch):
+    """The name is in recipes, and in the key of a state that more GPUs may go on from."""
+    chosen, options = [], types.SimpleNamespace(device="cuda:0")
+    torchruns = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
+    for name, value in torchruns.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(mi.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(mi.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(mi.dist, "get_world_size", lambda: 2)
+    assert mi.join_processes(options) == (1, 2)
+    assert chosen == [1] and options.device == "cuda"
 
 
 PROTOCOL = """

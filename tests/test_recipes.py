@@ -25,15 +25,35 @@ RECIPES = sorted(Path(ROOT, "recipes").glob("*.diff"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipe(recipe, weights, dance_videos, song, tmp_path):
-    for source in [*Path(ROOT).glob("*.py"), *Path(ROOT).glob("*/*.py")]:
-        copy = tmp_path / source.relative_to(ROOT)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copy(source, copy)
+    copy_code(tmp_path)
     error = run(tmp_path, "git", "apply", "--include=*.py", recipe)
     assert not error, f"{recipe.name} no longer applies; make it again:\n{error}"
     check = "tests/test_recipes.py", recipe.stem
     error = run(tmp_path, sys.executable, *check, weights, dance_videos, song)
     assert not error, f"{recipe.name}:\n{error}"
+
+
+def copy_code(folder):
+    for source in [*Path(ROOT).glob("*.py"), *Path(ROOT).glob("*/*.py")]:
+        copy = folder / source.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(source, copy)
+
+
+def test_all_but_the_gate_go_together(tmp_path):
+    copy_code(tmp_path)
+    recipes = [recipe for recipe in RECIPES if recipe.stem != "gate"]
+    assert not run(tmp_path, "git", "apply", "--include=*.py", *recipes)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_the_table_tells_how_many_lines(recipe):
+    lines = recipe.read_text().split("\ndiff --git", 1)[1].splitlines()
+    more = sum(line.startswith("+") and not line.startswith("+++") for line in lines)
+    less = sum(line.startswith("-") and not line.startswith("---") for line in lines)
+    table = Path(ROOT, "recipes", "README.md").read_text().splitlines()
+    (row,) = [line for line in table if f"]({recipe.name})" in line]
+    assert row.endswith(f"| +{more} -{less} |")
 
 
 def run(folder, *line):

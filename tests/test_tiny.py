@@ -253,3 +253,17 @@ def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, c
         rf" r {number} ± .* another song {number} ±", capsys.readouterr().out
     ).groups()
     assert float(own) > 0.3 and float(own) - float(other) > 0.3
+
+
+def test_the_next_recordings_beats_are_another_recordings(monkeypatch, tmp_path):
+    def piece(source, beats):
+        return recordings.Piece(np.zeros(16000, np.float16), np.arange(beats) / 2, -1, source)
+
+    found = [piece(s, 20) for s in "aaabbc"] + [piece("d", 15)]  # the last has too few beats
+    monkeypatch.setattr(recordings, "pieces_of", lambda *_: found)
+    monkeypatch.setattr(report, "SONGS", str(tmp_path))
+    sources = {id(piece.beats): piece.source for piece in found}
+    songs = report.recorded_songs(5, None)
+    assert [sources[id(song.beats)] for song in songs] == list("abcab")
+    assert len({song.start for song in songs}) == 5
+    assert len(report.recorded_songs(4, None)) == 4

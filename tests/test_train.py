@@ -87,8 +87,8 @@ def test_training_killed_at_any_moment_ends_as_if_it_never_was(
     shutil.copytree(dance_videos, tmp_path, dirs_exist_ok=True, ignore=without_cache)
     folders = {"data": tmp_path / "aist", "wild": tmp_path / "wild", "out": tmp_path / "broken"}
     line = flags(**folders, **SMALL, weights=weights)
-    # Among the first clips; between the first adapter and its state; with a state saved
-    for n in (20, 29, 6):
+    # Among the first clips; between the first state and its adapter; before the second state
+    for n in (20, 29, 3):
         killed = killed_at(n, line)
         assert killed.returncode == -signal.SIGKILL, killed.stderr
     last = command("train.py", *line)
@@ -152,6 +152,16 @@ def test_two_runs_in_one_folder_are_refused(fit, tmp_path):
     fit(steps=1)
 
 
+def test_an_adapter_without_its_state_is_not_written_over(fit, tmp_path):
+    """Such as the authors' in weights/, or one whose large state was deleted."""
+    adapter = Path(fit(steps=1))
+    (tmp_path / "run" / "state.safetensors").unlink()
+    before = {path.name: path.read_bytes() for path in adapter.parent.iterdir()}
+    with pytest.raises(mi.InputError, match="is there without a state.safetensors; name another"):
+        fit(steps=1)
+    assert {path.name: path.read_bytes() for path in adapter.parent.iterdir()} == before
+
+
 def damaged_states(path):
     tensors, metadata = mi.read_safetensors(path)
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -207,6 +217,25 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
         assert (one[name] - two[name]).abs().max() < 1e-4 * largest
     assert any("lora" in name for name in gradients) and any("audio" in name for name in gradients)
     assert (tmp_path / "two" / "step-2.mp4").exists() == shard
+
+
+def test_a_run_does_not_go_on_with_another_number_of_processes(fit, tmp_path):
+    """They would take other samples."""
+    fit(steps=1)
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["processes"] == 1
+    path.write_text(json.dumps({k: v for k, v in config.items() if k != "processes"}))
+    fit(steps=1)  # an older run, which did not say
+    path.write_text(json.dumps(config | {"processes": 2}))
+    with pytest.raises(mi.InputError, match="has a run of processes 2, not 1"):
+        fit(steps=1)
+
+
+def test_sharding_takes_several_processes(fit, tmp_path):
+    with pytest.raises(mi.InputError, match="--shard is for several processes"):
+        fit(shard=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_silent_batches_do_not_hang_two_processes(weights, dance_videos, tmp_path):

@@ -311,7 +311,8 @@ def clip_sizes(step):
 
 def latents_of(count, frames, seed):
     """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/."""
-    path = os.path.join(WORK, f"latents-{frames}.safetensors")
+    made_by = mi.digest([count, seed, mi.file_digest(in_folder("encoder.safetensors"))])[:12]
+    path = os.path.join(WORK, f"latents-{frames}-{made_by}.safetensors")
     if not os.path.exists(path):
         jobs = [[seed] * count, range(count), [frames] * count]
         with ProcessPoolExecutor(os.cpu_count()) as pool:

@@ -1,5 +1,6 @@
 """What came of it: the figures of eval/RESULTS.md, and README's pictures."""
 
+import itertools
 import math
 import os
 from functools import cache
@@ -110,14 +111,18 @@ def sampled_songs(count, sounds):
 def recorded_songs(count, sounds):
     """Parts of recordings of the packages that were kept back, at most two of each, and only with
     so many beats that the trackers hardly agree by chance."""
-    songs, used = [], {}
-    for i, piece in enumerate(recordings.pieces_of(sounds, recordings.VALIDATION)):
-        if len(piece.beats) < 16 or used.get(piece.source, 0) == 2 or len(songs) == count:
-            continue
-        used[piece.source] = used.get(piece.source, 0) + 1
+    by_source = {}
+    for piece in recordings.pieces_of(sounds, recordings.VALIDATION):
+        if len(piece.beats) >= 16:
+            by_source.setdefault(piece.source, []).append(piece)
+    turns = itertools.zip_longest(*(pieces[:2] for pieces in by_source.values()))
+    # One of each, then the others: the next one, whose beats are the control, is another's
+    pieces = [piece for turn in turns for piece in turn if piece][:count]
+    rng, songs = np.random.default_rng(7), []
+    for i, piece in enumerate(pieces):
         path = os.path.join(SONGS, f"recording-{i}.wav")
         music.save_wav(path, music.level(piece.samples.astype(np.float32)))
-        songs.append(Song(path, 0.6, piece.beats, ""))
+        songs.append(Song(path, rng.uniform(0.6, 1.6), piece.beats, ""))  # anywhere in a beat
     return songs
 
 
