@@ -71,11 +71,7 @@ def generate(song, prompt, **given):
         decoder = torch.nn.Identity()  # the first process decodes
     seeds, make = options.seeds, partial(video, options)
     if plan:
-        states = states_of(options, writes)
-        seeds = unfinished(states)
-        mi.wait_for_all()  # until all have seen what is there
-        for seed in seeds if rank == 0 else ():
-            states[seed].begin()
+        states, seeds = begin_states(options, writes, rank == 0)
         make = partial(long_video, options, plan, states)
     if each_its_own:
         seeds = seeds[rank::count]
@@ -223,6 +219,17 @@ def long_video(options, plan, states, seed, dit, decoder, text, null, music, wri
     path = finish(options, seed, partial(mi.pieces_of_video, decoder, z, dit.config), dit)
     states[seed].remove()
     return path
+
+
+def begin_states(options, writes, first):
+    """({seed: mi.State}, the seeds that are left to make), for which the first process begins."""
+    states = states_of(options, writes)
+    seeds = unfinished(states)
+    mi.wait_for_all()  # until all have seen what is there
+    if first:
+        for seed in seeds:
+            states[seed].begin()
+    return states, seeds
 
 
 def states_of(options, writes):

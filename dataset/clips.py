@@ -232,7 +232,7 @@ def cut(frames, starts, length):
 
 
 def video_size(path):
-    """(height, width) of a video as it is shown, maybe on its side in the file. Raises InputError."""
+    """(height, width) of a video as it is shown, be it on its side in the file. InputError."""
     first = ("-map", "0:v:0", "-frames:v", 1, "-f", "image2pipe", "-c:v", "pgm", "-")
     picture = mi.ffmpeg(path, *first)  # P5, width, height, 255, pixels
     if not picture:
