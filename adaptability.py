@@ -99,6 +99,7 @@ def rank(**given):
     depth = len(dit.blocks)
     layers = check(options, depth)
     metric = quality.choose_metric(options)
+    check_amount(options)
     kept = Kept(options, metric)
     videos = videos_of(options, (*layers, None))  # the baseline last: others may have made it
     todo = [video for video in videos if kept.lacks(video)]
@@ -150,6 +151,14 @@ def check(options, depth):
         options.batch = max(1, TOKENS_AT_ONCE // tokens)
     mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     return layers
+
+
+def check_amount(options):
+    """Raises InputError where a Gaussian has no two latent frames, with a video left out."""
+    videos = len(options.prompts) * len(options.seeds)
+    frames = mi.latent_frames(options.frames) * max(videos - 1, 1)
+    if options.metric == "frechet" and frames < 2:
+        raise mi.InputError("too little to compare by frechet; give more --frames, or more --seed")
 
 
 def layer_numbers(text, depth):

@@ -236,9 +236,8 @@ def states_of(options, writes):
     """{seed: mi.State}, whose key is all that decides a video, files by their content."""
     free = "out", "split", "song", "weights", "adapter"
     recipe = {name: value for name, value in asdict(options).items() if name not in free}
-    files = [options.song, mi.__file__, *files_of(options.weights)]
-    files += [] if options.adapter == "none" else [options.adapter]
-    recipe |= {"files": [mi.model_digest(path) for path in files], "torch": torch.__version__}
+    files = [mi.model_digest(path) for path in (options.song, mi.__file__)]
+    recipe |= {"model": model_of(options), "files": files, "torch": torch.__version__}
     states = {}
     for seed in options.seeds:
         key = mi.digest(recipe | {"seed": seed})
@@ -246,6 +245,12 @@ def states_of(options, writes):
         begin = options.out[:-4] if is_video(options.out) else begin
         states[seed] = mi.State(f"{begin}.{key[:12]}.unfinished.safetensors", key, writes)
     return states
+
+
+def model_of(options):
+    """A digest of the weights and the adapter, by their content."""
+    adapter = [] if options.adapter == "none" else [options.adapter]
+    return mi.digest([mi.model_digest(path) for path in files_of(options.weights) + adapter])[:16]
 
 
 def files_of(weights):
@@ -272,6 +277,7 @@ def stem_of(options, seed):
 def finish(options, seed, film, dit):
     """Write a film, or what gives its pieces, and its recipe; returns its path."""
     recipe = asdict(options) | {"seed": seed, "torch": torch.__version__}
+    recipe["model"] = model_of(options)
     path = new_path(options.out, stem_of(options, seed))
     path = save(path, film, dit.config.fps, options, recipe)
     print(path)

@@ -454,6 +454,8 @@ def ablate(rows=(), **given):
 def check(o):
     if not o.seeds or min(o.seeds) < 0:
         raise mi.InputError("--seeds takes numbers from 0")
+    if o.films == 1:
+        raise mi.InputError("--films takes 2 or more: the songs of others are the control")
     if o.films and not o.table:
         train.content(os.path.join(o.weights, quality.REFERENCE))
     folders = [os.path.join(o.data, name) for name in ("aist", "wild")]

@@ -191,12 +191,17 @@ def music_tempo(beats):
 def elsewhere(beats, seconds, count=16):
     """The beats of the same song as a video of that length would hear them at other places.
 
-    The control where there is no other song: the tempo stays, the phase is another at each place.
+    The control where there is no other song: the tempo stays, and the places' phases are spread
+    over a beat, so that a dancer who follows is on the beat at one of them alone.
     """
     places = np.arange(beats[0], beats[-1] - 2 * seconds, seconds) + seconds
     far = places[np.abs(places) >= seconds]  # not where the video itself is, at 0
-    step = max(1, math.ceil(len(far) / count))
-    return [beats - place for place in far[::step]]
+    far = far[:: max(1, math.ceil(len(far) / count))]
+    if not len(far):
+        return []
+    on_the_beat = beats[np.abs(beats[:, None] - far).argmin(0)]
+    phases = np.arange(len(far)) / len(far) * np.median(np.diff(beats))
+    return [beats - place for place in on_the_beat + phases]
 
 
 # ----------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def recipe_of(video):
     """How a video was made, {} where nobody wrote it down. Raises InputError."""
     path = os.path.splitext(video)[0] + ".json"
     recipe = read_object(path)
-    for name in ("song", "prompt"):
+    for name in ("song", "prompt", "weights", "adapter"):
         if not isinstance(recipe.get(name, ""), str):
             raise mi.InputError(f"{path}: {name} is no text")
     check_number(path, recipe, "start", 0, math.inf)

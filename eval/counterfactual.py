@@ -9,7 +9,7 @@ import musicinfuser as mi
 import sample
 from eval import beats as bt
 from eval.beside import Music, music_of, recipe_of
-from eval.protocol import make_video
+from eval.protocol import check_model, make_video
 from eval.tables import markdown, mean_error
 
 FASTER = 1.25
@@ -45,6 +45,7 @@ def counterfactual(video, others, folder, **where):
     beside = os.path.splitext(video)[0] + ".json"
     if not os.path.exists(beside):
         raise mi.InputError(f"{video} has no .json of sample.py beside it, to make it again from")
+    check_model(video)
     recipe, music = sample.read_recipe(beside), music_of(video)
     if "prompt" not in recipe:
         raise mi.InputError(f"{beside} names no prompt to make {video} again from")

@@ -6,6 +6,7 @@ A film is uint8 (T, H, W, 3); differences are of pixel values from 0 to 255. Fil
 kept as soon as they are there, under names of all that decides them; the same command goes on.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -49,7 +50,7 @@ class Options(mi.RunOptions):
     out: str = option("outputs/long", "folder; the same command goes on in it")
 
 
-QUICK = {"prompts": PROMPTS[:1], "steps": 2, "frames": 133, "seconds": 9, "lengths": (5, 10)}
+QUICK = {"prompts": PROMPTS[:1], "steps": 2, "frames": 175, "seconds": 9, "lengths": (5, 10)}
 
 # ----------------------------------------------------------------------------------------------
 # Scores of a film
@@ -140,9 +141,10 @@ def song_of(folder, seconds):
 
 
 def beats_at(frames, fps, seconds):
-    """The position in that song, in beats, of each frame."""
+    """The position in that song, in beats, of each frame; its second half too begins on a beat."""
     t, half = np.arange(frames) / fps, seconds / 2
-    return np.minimum(t, half) * TEMPOS[0] / 60 + np.maximum(t - half, 0) * TEMPOS[1] / 60
+    second = math.ceil(half * TEMPOS[0] / 60) + (t - half) * TEMPOS[1] / 60
+    return np.where(t < half, t * TEMPOS[0] / 60, second)
 
 
 class Films:
@@ -159,10 +161,7 @@ class Films:
     def film(self, **given):
         """(path of a film, path for its scores), made unless it is there."""
         given = self.given | given
-        options, dit = mi.begin(sample.Options, "sampling", given)
-        sample.check(options, dit)
-        (state,) = sample.states_of(options, True).values()
-        begin = os.path.join(self.options.out, f"film-{state.key[:12]}")
+        begin = os.path.join(self.options.out, f"film-{key_of(given)}")
         if not os.path.exists(f"{begin}.mp4"):
             sample.generate(**given | {"out": f"{begin}.mp4"})
         return f"{begin}.mp4", f"{begin}.scores.json"
@@ -182,17 +181,21 @@ class Films:
 
     def cost(self, seconds):
         """{seconds, memory} of a process of its own, of few steps."""
-        kept = os.path.join(self.options.out, f"cost-{seconds}-{mi.digest(self.given)[:12]}.json")
+        frames = seconds * self.fps // 6 * 6 + 1
+        how = {"prompt": PROMPTS[0], "frames": frames, "steps": self.options.timed_steps}
+        given = self.given | how
+        kept = os.path.join(self.options.out, f"cost-{seconds}-{key_of(given)}.json")
         if not os.path.exists(kept):
-            mi.save_json(kept, self.timed(seconds))
+            mi.save_json(kept, self.timed(seconds, given))
         return read_json(kept)
 
-    def timed(self, seconds):
-        frames = seconds * self.fps // 6 * 6 + 1
-        line = [sys.executable, os.path.join(ROOT, "sample.py"), self.given["song"], PROMPTS[0]]
-        line += ["--frames", frames, "--steps", self.options.timed_steps]
-        for name in ("weights", "device", "dtype", "solver"):
-            line += [f"--{name}", self.given[name]]
+    def timed(self, seconds, given):
+        line = [sys.executable, os.path.join(ROOT, "sample.py"), given["song"], given["prompt"]]
+        for name in ("frames", "steps", "weights", "device", "dtype", "solver"):
+            line += [f"--{name}", given[name]]
+        for name in ("offload", "compile"):
+            if given[name]:
+                line.append(f"--{name}")
         with tempfile.TemporaryDirectory() as folder:
             line = [*map(str, line), "--out", folder]
             run = subprocess.run(line, stdout=subprocess.PIPE, text=True)
@@ -200,6 +203,14 @@ class Films:
         if run.returncode or not told:
             raise mi.InputError(f"the film of {seconds} s was not made; see above")
         return {"seconds": float(told[1]), "memory": float(told[2])}
+
+
+def key_of(given):
+    """Of all that decides a film, files by their content."""
+    options, dit = mi.begin(sample.Options, "sampling", given)
+    sample.check(options, dit)
+    (state,) = sample.states_of(options, True).values()
+    return state.key[:12]
 
 
 # ----------------------------------------------------------------------------------------------
@@ -221,8 +232,9 @@ def report(**given):
     options, dit = mi.begin(Options, "sampling", own | given)
     if options.quick:
         options = replace(options, **QUICK)
-    if options.frames < 3 * dit.config.fps:
-        raise mi.InputError("--frames must be three seconds or more")
+    longest = mi.longest_at_once(dit.config)
+    if options.frames < 3 * dit.config.fps or options.frames <= longest:
+        raise mi.InputError(f"--frames must be three seconds or more, and more than {longest}")
     os.makedirs(options.out, exist_ok=True)
     films = Films(options, dit.config)
     print_drift(films)

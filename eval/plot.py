@@ -109,7 +109,7 @@ def draw_training(plt, folders):
 
 
 def smoothed(values):
-    """The moving average that train.py shows."""
+    """A moving average."""
     found, last = [], None
     for value in values:
         last = value if last is None else SMOOTHING * last + (1 - SMOOTHING) * value

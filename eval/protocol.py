@@ -3,10 +3,12 @@
 import glob
 import json
 import os
+from types import SimpleNamespace
 
 import musicinfuser as mi
 import sample
 from dataset.aist import TEST_SONGS
+from eval.beside import recipe_of
 
 PROMPTS = (
     # Figure 13's, as the paper prints it
@@ -71,6 +73,7 @@ def make_video(video, wanted, **where):
     beside = os.path.splitext(video)[0] + ".json"
     if os.path.exists(video) and os.path.exists(beside):
         check_made_so(video, sample.read_recipe(beside), wanted)
+        check_model(video)
         return
     for path in (video, beside):  # stopped between the two
         if os.path.exists(path):
@@ -78,6 +81,19 @@ def make_video(video, wanted, **where):
     print(f"making   {video}")
     given = {name: value for name, value in where.items() if value is not None}
     sample.generate(**wanted | given | {"out": video, "split": "none"})
+
+
+def check_model(video):
+    """Raises InputError where the files that it names as its model have changed since."""
+    recipe = recipe_of(video)
+    if "model" not in recipe:  # older ones do not say
+        return
+    weights, adapter = recipe.get("weights", ""), recipe.get("adapter", "none")
+    gone = adapter != "none" and not os.path.isfile(adapter)
+    model = SimpleNamespace(weights=weights, adapter=adapter)
+    if gone or sample.model_of(model) != recipe["model"]:
+        changed = f"{weights} or {adapter} has changed since {video} was made"
+        raise mi.InputError(f"{changed}; make it again, in another folder")
 
 
 def check_made_so(video, made, wanted):

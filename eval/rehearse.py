@@ -10,6 +10,7 @@ sample.py, train.py and adaptability.py can be tried at full size before anythin
 takes little memory. What is there already is left alone: the same command goes on after a stop.
 """
 
+import filecmp
 import json
 import math
 import os
@@ -170,6 +171,7 @@ def rehearse(folder, **given):
     encoders = make_encoders(sizes)
     files = plan(options, sizes, encoders)
     missing = [file for file in files if not is_written(file)]
+    check_folder(options.folder, files)
     check_space(options.folder, sum(file.size() for file in missing))
     write_configs(options.folder, encoders)
     write_indices(files)
@@ -207,6 +209,20 @@ def check_space(folder, needed):
     if needed > free:
         missing = f"{folder} takes {needed / 1e9:.1f} GB more, and {free / 1e9:.1f} GB are free"
         raise mi.InputError(f"{missing}; --dtype bfloat16 takes half, --blocks takes fewer")
+
+
+def check_folder(folder, files):
+    """Raises InputError for what is there and is not of a rehearsal: it may be a real model's."""
+    ours = {file.path for file in files}
+    others = []
+    for name in ("text_encoder", "audio_encoder"):
+        others += set(mi.safetensors_in(os.path.join(folder, name))) - ours
+    own, tokenizer = os.path.join(folder, "tokenizer"), os.path.join(ROOT, "tiny", "tokenizer")
+    names = os.listdir(own) if os.path.isdir(own) else []
+    _, changed, lacking = filecmp.cmpfiles(own, tokenizer, names, shallow=False)
+    others += [os.path.join(own, name) for name in changed + lacking]
+    if others:
+        raise mi.InputError(f"{min(others)} is there, and is another file; name another folder")
 
 
 def write_configs(folder, encoders):

@@ -72,6 +72,8 @@ def check(options, dit):
     unknown = set(options.solver) - set(mi.SOLVERS)
     if unknown or not options.solver:
         raise mi.InputError(f"--solver takes {', '.join(mi.SOLVERS)}, not {list(options.solver)}")
+    if options.whole_song or sample.plan_of(options):
+        raise mi.InputError(f"films are made at once here, of up to {options.window_frames} frames")
     if not options.steps or min(options.steps) < 2:
         raise mi.InputError(f"--steps takes numbers from 2, not {list(options.steps)}")
 
@@ -183,8 +185,7 @@ def identity(options):
     """What decides the errors, files by their content."""
     found = {name: getattr(options, name) for name in IDENTITY}
     found["song"] = mi.file_digest(options.song)
-    for name in ("dit", "decoder"):
-        found[name] = mi.model_digest(os.path.join(options.weights, f"{name}.safetensors"))
+    found["model"] = [mi.model_digest(path) for path in sample.files_of(options.weights)]
     if options.adapter != "none":
         found["adapter"] = mi.model_digest(options.adapter)
     return json.loads(json.dumps(found))  # as it is read again

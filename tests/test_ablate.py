@@ -142,6 +142,7 @@ BAD = {
     "--steps must be 1 or more": {"steps": 0},
     "--batch must be 1 or more": {"batch": 0},
     "--films must be 0 or more": {"films": -1},
+    "--films takes 2 or more": {"films": 1},
     "--seeds takes numbers from 0": {"seeds": (-1,)},
     "there is no option film; did you mean films": {"film": 1},
     "make them: python -m tiny.make data none": {"data": "none"},

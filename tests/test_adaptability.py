@@ -437,6 +437,7 @@ BAD = [
     ({"metric": "spy:seen"}, "not a function"),
     ({"metric": "frechet"}, "needs --reference"),
     ({"reference": "."}, "is for frechet"),
+    ({"metric": "frechet", "reference": ".", "frames": 1, "prompts": ("a",)}, "more --frames, or"),
     ({"metric": "frechet", "reference": "none"}, "no such folder: none"),
     ({"weights": "none"}, "no such file"),
     ({"frames": 8}, "7 or 13"),

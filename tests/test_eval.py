@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from conftest import PROMPT, ROOT
 
 import musicinfuser as mi
+import sample
 from dataset.aist import TEST_SONGS
 from eval import beats as bt
 from eval import beside, copies, protocol
@@ -362,6 +365,25 @@ def test_a_video_that_cannot_be_scored_does_not_stop_the_others(generate, tmp_pa
     assert f"skipped  {videos[1]}: no beat is heard in" in capsys.readouterr().out
     with pytest.raises(mi.InputError, match="no video with a beat to change"):
         cf.counterfactual_report(videos[1:], str(tmp_path / "out"))
+
+
+def test_videos_of_another_adapter_at_the_same_path_are_not_taken(generate, weights, tmp_path):
+    pytest.importorskip("librosa")
+    adapter = tmp_path / "adapter.safetensors"
+    shutil.copy(weights / "musicinfuser.safetensors", adapter)
+    model = SimpleNamespace(weights=str(weights), adapter=str(adapter))
+    made = {"weights": model.weights, "adapter": model.adapter, "model": sample.model_of(model)}
+    video = dance(tmp_path / "a.mp4", **made)
+    wanted = {"weights": model.weights, "adapter": model.adapter}
+    protocol.make_video(video, wanted)
+    cf.counterfactual(video, [], str(tmp_path / "out"))
+    adapter.write_bytes((weights / "decoder.safetensors").read_bytes())
+    for use in (
+        lambda: protocol.make_video(video, wanted),
+        lambda: cf.counterfactual(video, [], str(tmp_path / "out")),
+    ):
+        with pytest.raises(mi.InputError, match="has changed since .*a.mp4 was made"):
+            use()
 
 
 def test_a_video_without_a_recipe_has_no_counterfactual(tmp_path):

@@ -167,6 +167,22 @@ def test_other_places_of_the_song_are_not_the_videos_own():
     assert len({round(begin % 0.7, 3) for begin in begins}) > 3  # at several phases
 
 
+@pytest.mark.parametrize("tempo", [98.63, 100, 112, 123.3, 148])
+def test_a_dancer_who_follows_is_not_on_the_beat_elsewhere(tempo):
+    """Though a video of 73 frames is four, or five, or six whole beats long."""
+    t = np.arange(72) / 30 + 1 / 60
+    beats = np.arange(0, 60, 60 / tempo)
+    energy = -np.cos(2 * np.pi * bt.beat_position(beats, t))
+    assert bt.beat_correlation(energy, bt.beat_position(beats, t)) > 0.9
+    places = bt.elsewhere(beats, 73 / 30)
+    r = [bt.beat_correlation(energy, bt.beat_position(place, t)) for place in places]
+    assert abs(np.mean(r)) < 0.1
+
+
+def test_a_short_song_has_no_other_places():
+    assert bt.elsewhere(np.arange(0, 5, 0.5), 3.0) == []
+
+
 def test_tracked_beats_are_the_clicks(tmp_path):
     pytest.importorskip("librosa")
     times = np.arange(0.3, 20, 0.6)  # 100 BPM

@@ -2,6 +2,7 @@
 and what is measured is kept."""
 
 import os
+import subprocess
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ def test_the_beats_of_a_song_whose_tempo_changes():
     assert np.allclose(slow * 30 * 60, 100) and np.allclose(fast * 30 * 60, 130)
 
 
+@pytest.mark.parametrize("seconds", [9, 20, 45, 60, 100])
+def test_the_second_half_too_begins_on_a_beat(seconds):
+    half = round(30 * seconds / 2)
+    beats = long.beats_at(2 * half + 1, 30, 2 * half / 30)
+    assert abs(beats[half] - round(beats[half])) < 1e-9 and (np.diff(beats) > 0).all()
+
+
 def test_a_dance_on_the_beat_keeps_to_it_in_every_third():
     beats = long.beats_at(901, 30, 30)
     film = np.full((901, 16, 16, 3), 50, np.uint8)
@@ -96,6 +104,27 @@ def test_what_is_measured_is_kept(weights, tmp_path, monkeypatch):
     assert os.path.exists(path) and set(long.JOIN_AND_DRIFT) <= set(scores)
 
 
-def test_too_short_films_are_one_line(weights, tmp_path):
-    with pytest.raises(mi.InputError, match="three seconds"):
-        long.report(weights=str(weights), device="cpu", frames=61, out=str(tmp_path))
+@pytest.mark.parametrize("frames, longest", [(61, 7), (133, 163)])
+def test_too_short_films_are_one_line(weights, tmp_path, monkeypatch, frames, longest):
+    monkeypatch.setattr(mi, "longest_at_once", lambda config: longest)
+    with pytest.raises(mi.InputError, match=f"three seconds or more, and more than {longest}"):
+        long.report(weights=str(weights), device="cpu", frames=frames, out=str(tmp_path))
+
+
+def test_costs_are_of_what_was_asked_for(weights, tmp_path, monkeypatch):
+    """Whatever else is asked, they are timed again, by those options."""
+    lines = []
+
+    def run(line, **_):
+        lines.append(line)
+        return subprocess.CompletedProcess(line, 0, "1.5 s, peak memory 0.50 GB\n")
+
+    monkeypatch.setattr(long.subprocess, "run", run)
+    given = {"weights": str(weights), "device": "cpu", "out": str(tmp_path), "seconds": 6}
+    for change in ({}, {}, {"offload": True}, {"timed_steps": 3}):
+        options, dit = mi.begin(long.Options, "sampling", given | {"solver": "ab2"} | change)
+        cost = long.Films(options, dit.config).cost(5)
+        assert cost == {"seconds": 1.5, "memory": 0.5}
+    first, offloaded, longer = lines
+    assert "--offload" in offloaded and "--offload" not in first
+    assert longer[longer.index("--steps") + 1] == "3"

@@ -154,6 +154,17 @@ def test_another_file_is_never_overwritten(folder, given):
     assert content(folder) == before
 
 
+@pytest.mark.parametrize("real", ["text_encoder/model-00001-of-00004", "tokenizer/spiece"])
+def test_parts_of_a_real_model_are_never_overwritten(tmp_path, real):
+    ending = ".model" if "spiece" in real else ".safetensors"
+    path = tmp_path / f"{real}{ending}"
+    path.parent.mkdir()
+    path.write_bytes(b"real")
+    with pytest.raises(mi.InputError, match=f"{path.name} is there, and is another file"):
+        rehearse.rehearse(str(tmp_path), small=True, blocks=2)
+    assert path.read_bytes() == b"real" and len(list(tmp_path.rglob("*"))) == 2
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     folder = str(tmp_path / "a" / "b")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e9, 1e9, 1e6))

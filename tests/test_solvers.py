@@ -83,6 +83,12 @@ def test_another_equation_needs_another_folder(measured, given, change):
         solvers.compare(**given | change, seeds=(0, 1), out=out)
 
 
+def test_what_is_made_in_windows_is_not_solved_at_once(given, tmp_path):
+    for more in ({"whole_song": True}, {"frames": 13, "window_frames": 7}):
+        with pytest.raises(mi.InputError, match="films are made at once here, of up to"):
+            solvers.compare(**given | more, out=str(tmp_path))
+
+
 @pytest.mark.parametrize("wrong", [{"solver": ("rk4",)}, {"steps": (1, 4)}, {"seeds": (0, 0)}])
 def test_impossible_options_are_said(given, tmp_path, wrong):
     with pytest.raises(mi.InputError, match="--(solver|steps|seed) takes"):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import musicinfuser as mi
-from tiny import listen, make, music, recordings, report, world
+from tiny import fit, listen, make, music, recordings, report, world
 
 TINY = make.HERE
 
@@ -91,13 +91,19 @@ def test_scene_is_rendered_alike_each_time_in_its_colour():
 
 
 @pytest.mark.parametrize("subject", world.SUBJECTS)
-def test_three_dancers_are_three(subject):
-    """Columns of the background stay between them, at rest in the plainest pose."""
-    (scene,), _ = scenes(1, subject=subject, count=3, place="studio", colour="red", camera="01")
-    film = world.render(scene | {"genre": "PO", "advanced": False}, torch.zeros(1))[0].astype(int)
-    figure = (film[..., 0] - film[..., 2] > 60).any(0)
-    groups = np.diff(np.flatnonzero(np.diff(np.pad(figure, 1).astype(int)) == 1)).size + 1
-    assert groups == 3 or figure.mean() > 0.6
+@pytest.mark.parametrize("count", [2, 3])
+def test_dancers_hardly_hide_each_other(subject, count, monkeypatch):
+    """Side by side they cover nearly `count` times what they cover in one place."""
+
+    def covered():
+        look = {"subject": subject, "count": count, "place": "studio", "camera": "01"}
+        (scene,), _ = scenes(1, colour="red", **look)
+        film = world.render(scene, torch.arange(8) / 4).astype(int)
+        return (film[..., 0] - film[..., 2] > 60).sum()
+
+    apart = covered()
+    monkeypatch.setattr(world, "SPACING", (0.0, 0.0, 0.0))
+    assert apart > 0.8 * count * covered()
 
 
 # Songs
@@ -243,6 +249,42 @@ def test_data_is_what_training_finds(tmp_path, monkeypatch):
     assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]
     frames = list(mi.read_frames(aist[0].path, world.SIZE, world.SIZE, crop=aist[0].crop))
     assert len(frames) >= world.FRAMES
+    with pytest.raises(mi.InputError, match="has 4 videos; name another folder"):
+        make.make_data(make.parse(["data", str(tmp_path), "--videos", "2"]))
+
+
+def test_nobody_in_training_dances_to_a_song_that_is_held_out():
+    rng = np.random.default_rng(5)
+    drawn = [make.draw_aist(rng, i, 800) for i in range(800)]
+    drawn += [make.draw_wild(rng, i) for i in range(800)]
+    held_out = {song for _, _, song, _ in drawn if song[0] in make.TEST_SONGS}
+    others = {song for _, _, song, _ in drawn if song[0] not in make.TEST_SONGS}
+    assert {name for name, _, _ in held_out} == set(make.TEST_SONGS) and len(others) > 200
+    assert not {song[1:] for song in held_out} & {song[1:] for song in others}
+    assert len({name for name, _, _ in others}) == len(others)  # a file each
+
+
+def test_a_stage_trained_anew_forgets_what_went_on_from_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fit, "WORK", str(tmp_path))
+
+    def trained(name, start):
+        weights = {
+            "w": torch.nn.Parameter(torch.full((20, 20), start)),
+            "b": torch.nn.Parameter(torch.full((2,), start)),
+        }
+
+        def loss(step):
+            return sum(p.square().sum() for p in weights.values()), {}
+
+        fit.fit(name, weights, loss, 3, 0.1, warmup=1)
+        return weights["b"].detach().clone()
+
+    prior, further = trained("prior", 1.0), trained("further", 2.0)
+    assert torch.equal(trained("further", 3.0), further)  # it was finished
+    assert "further: all steps were taken before" in capsys.readouterr().out
+    os.remove(tmp_path / "prior.safetensors")
+    assert torch.equal(trained("prior", 1.0), prior)
+    assert not torch.equal(trained("further", 3.0), further)
 
 
 def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,8 @@ from tqdm import tqdm
 import musicinfuser as mi
 from tiny.studio import DTYPE, WORK
 
+NEXT = {"prior": "further", "audio": "hear"}  # the stage that goes on from what one makes
+
 
 def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
     """Train `parameters`, {name: tensor}, in place; they end as the moving average of the weights.
@@ -21,6 +23,10 @@ def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
     Saved every `save_every` seconds."""
     run = Fit(name, parameters)
     start, saved, shown = run.resume(), time.time(), {}
+    if start == steps:
+        print(f"{name}: all steps were taken before; without {run.path} it is trained anew")
+    if start == 0 and name in NEXT and os.path.exists(path_of(NEXT[name])):
+        os.remove(path_of(NEXT[name]))  # it went on from another
     bar = tqdm(range(start, steps), name, initial=start, total=steps, mininterval=10)
     for step in bar:
         run.put(run.masters)
@@ -43,7 +49,7 @@ class Fit:
     bfloat16 ones lose nothing; and the moving average of the copies."""
 
     def __init__(self, name, parameters, decay=0.998):
-        self.path = os.path.join(WORK, f"{name}.safetensors")
+        self.path = path_of(name)
         self.parameters, self.decay = parameters, decay
         self.masters = {}
         for key, p in parameters.items():
@@ -102,6 +108,10 @@ class Fit:
                 moments["step"] = torch.tensor(float(step))
             self.optimiser_of(master).state[master] = moments
         return step
+
+
+def path_of(name):
+    return os.path.join(WORK, f"{name}.safetensors")
 
 
 def is_matrix(master):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import adaptability
 import musicinfuser as mi
 import train
-from dataset.aist import TEST_SONGS
+from dataset.aist import TEST_SONGS, list_videos
 from eval.quality import reference_statistics
 from tiny import listen, music, recordings, world
 from tiny.fit import fit, in_dtype, named
@@ -390,6 +390,7 @@ def make_layers(options, clips=200, seeds=2):
 # --------------------------------------------------------------------------------------------------
 
 SONGS = 24  # of each genre, as mBR0, mBR1, ...: AIST has six
+UNHEARD = 100  # what those that AIST's split holds out are numbered from, when they are composed
 
 
 def make_data(options, seed=5):
@@ -398,6 +399,7 @@ def make_data(options, seed=5):
     rng = np.random.default_rng(seed)
     folder = os.path.abspath(options.folder)
     mi.check_writable(folder)
+    check_folder(folder, options.videos)
     songs = Songs(os.path.join(folder, "songs"), options.sounds)
     aist = options.videos - options.videos // 2
     with ProcessPoolExecutor(os.cpu_count()) as pool:
@@ -412,24 +414,39 @@ def make_data(options, seed=5):
             film.result()
 
 
+def check_folder(folder, count):
+    """Raises InputError for more videos than are made: train.py would take all."""
+    kinds = [path for kind in ("aist", "wild") if os.path.isdir(path := os.path.join(folder, kind))]
+    found = sum(len(list_videos(path)) for path in kinds)
+    if found > count:
+        raise mi.InputError(f"{folder} has {found} videos; name another folder, or remove it")
+
+
 def draw_aist(rng, i, count):
-    """(path, scene, song, None) of a video of AIST's kind; song: (genre, number). The first are
-    two of each song that AIST's split holds out."""
+    """(path, scene, song, None) of a video of AIST's kind; song: (name, genre, number). The first
+    are two of each song that AIST's split holds out, to which nobody else dances."""
     scene = world.draw_scene(rng, subject="person", place="studio")
     number = int(rng.integers(SONGS))
     if i < min(2 * len(TEST_SONGS), count):
         name = TEST_SONGS[i // 2]
         scene["genre"], number = name[1:3], int(name[3:])
-    name = world.aist_name(scene, f"{scene['genre']}{number}", rng)
-    return os.path.join("aist", name), scene, (scene["genre"], number), None
+    path = os.path.join("aist", world.aist_name(scene, f"{scene['genre']}{number}", rng))
+    name = f"m{scene['genre']}{number}"
+    if name in TEST_SONGS:
+        number += UNHEARD
+    return path, scene, (name, scene["genre"], number), None
 
 
 def draw_wild(rng, i):
     """The same of another video, with its caption."""
     who, where = str(rng.choice(["person", "rabbit"])), str(rng.choice(world.PLACES))
     scene = world.draw_scene(rng, subject=who, place=where)
-    song = scene["genre"], int(rng.integers(SONGS))
-    return os.path.join("wild", f"wild-{i:04d}"), scene, song, world.caption(scene, rng)[0]
+    number = int(rng.integers(SONGS))
+    name = f"m{scene['genre']}{number}"
+    if name in TEST_SONGS:
+        name = f"wild-{name}"
+    path, song = os.path.join("wild", f"wild-{i:04d}"), (name, scene["genre"], number)
+    return path, scene, song, world.caption(scene, rng)[0]
 
 
 def film_dance(path, scene, text, song, start, beat):
@@ -454,10 +471,10 @@ class Songs:
         found = installed(recordings.pieces_of, sounds, recordings.TRAINING) or []
         self.recordings = [piece for piece in found if len(piece.samples) > 7 * music.RATE]
 
-    def dance(self, genre, number, frames, rng):
-        """(path of the song m<genre><number>, a start in it in seconds, the position of each of
-        so many frames in beats)"""
-        path = os.path.join(self.folder, f"m{genre}{number}.wav")
+    def dance(self, name, genre, number, frames, rng):
+        """(path of the song of that name, a start in it in seconds, the position of each of so
+        many frames in beats)"""
+        path = os.path.join(self.folder, f"{name}.wav")
         if path not in self.made:
             song, beats = self.make(genre, number)
             music.save_wav(path, song)

@@ -158,7 +158,7 @@ def line(name, films, songs, speed=1.0):
 
 
 def error(values):
-    return np.std(values) / math.sqrt(len(values))
+    return np.std(values, ddof=1) / math.sqrt(len(values))
 
 
 def print_likeness(films, subject):
