@@ -278,6 +278,7 @@ def whole(weights, dance_videos, song, tmp_path_factory):
     index = Index(str(folder / "index.jsonl"))
     index.recall("digest", str(folder / "song.wav"), mi.file_digest)
     options = {"prompt": PROMPT, "song": str(folder / "song.wav"), "weights": str(folder)}
+    options["adapter"] = str(folder / "musicinfuser.safetensors")
     recipe = mi.asdict(mi.settle(sample.Options, {}, options)) | {"seed": 0}
     config = mi.asdict(mi.settle(train.Options, {}, {})) | {"clips": "4 clips", "init": None}
     config = json.loads(json.dumps(config))
