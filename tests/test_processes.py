@@ -157,19 +157,28 @@ def test_sharded_blocks_give_the_same_gradients(tmp_path):
             assert error <= 1e-4 * gradient.abs().max() + rounding, name
 
 
+def two_seeds(weights, song):
+    return ["sample.py", song, PROMPT, "--weights", weights, "--device", "cpu", "--seed", 0, 1]
+
+
+@pytest.fixture(scope="module")
+def alone(weights, song, tmp_path_factory):
+    """A folder of two videos that one process made."""
+    out = tmp_path_factory.mktemp("alone") / "one"
+    line = [sys.executable, *two_seeds(weights, song), "--out", out]
+    subprocess.run(list(map(str, line)), check=True, cwd=ROOT, capture_output=True)
+    return out
+
+
 @pytest.mark.parametrize("split", ["tokens", "branches", "seeds"])
-def test_sampling_over_processes_makes_the_same_videos(weights, song, tmp_path, split):
-    more = ["--weights", weights, "--device", "cpu", "--seed", 0, 1]
-    both = ["sample.py", song, PROMPT, *more, "--split", split, "--out", tmp_path / "two"]
-    run = torchrun(2, *both)
+def test_sampling_over_processes_makes_the_same_videos(weights, song, alone, tmp_path, split):
+    run = torchrun(2, *two_seeds(weights, song), "--split", split, "--out", tmp_path)
     assert run.returncode == 0, run.stderr
-    alone = [sys.executable, "sample.py", song, PROMPT, *more, "--out", tmp_path / "one"]
-    subprocess.run(list(map(str, alone)), check=True, cwd=ROOT, capture_output=True)
-    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    names = sorted(path.name for path in alone.iterdir())
     assert len(names) == 4
-    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == names
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     for name in (name for name in names if name.endswith(".mp4")):
-        frames = [[*mi.read_frames(tmp_path / out / name, 32, 32)] for out in ("one", "two")]
+        frames = [[*mi.read_frames(folder / name, 32, 32)] for folder in (alone, tmp_path)]
         apart = max(abs(a.astype(int) - b).max() for a, b in zip(*frames))
         assert len(frames[0]) == 7 and apart <= 2
 
