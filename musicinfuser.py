@@ -1942,8 +1942,10 @@ def float32_while_computing(block):
 
 
 def safetensors_in(folder):
+    """Not those that a killed process left half-written."""
     names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if name.endswith(".safetensors")]
+    names = [name for name in names if name.endswith(".safetensors")]
+    return [os.path.join(folder, name) for name in names if not name.startswith(".tmp")]
 
 
 @torch.no_grad()
@@ -2110,8 +2112,8 @@ def count_frames(path, fps=30):
     how = "-map 0:v:0 -c copy -f framecrc -".split()
     packets = ffmpeg(path, *how, purpose="be read as video").decode()
     hidden = r"F=0x[0-9a-f]*[4-7c-f]\b"  # by an edit list, as where a video was cut without coding
-    shown = rf"^0,\s*\S+\s+(-?\d+),\s*(\d+)(?!.*{hidden})"  # at, for how long
-    times = re.findall(shown, packets, re.M)
+    visible = rf"^0,\s*\S+\s+(-?\d+),\s*(\d+)(?!.*{hidden})"  # when, and for how long
+    times = re.findall(visible, packets, re.M)
     if not times:
         return 0
     unit = Fraction(re.search(r"^#tb 0: (\S+)", packets, re.M)[1])  # seconds

@@ -165,6 +165,14 @@ def test_parts_of_a_real_model_are_never_overwritten(tmp_path, real):
     assert path.read_bytes() == b"real" and len(list(tmp_path.rglob("*"))) == 2
 
 
+def test_what_a_killed_rehearsal_left_half_written_does_not_stop_the_next(tmp_path):
+    part = tmp_path / "text_encoder" / ".tmp999999999-abc.safetensors"
+    part.parent.mkdir()
+    part.write_bytes(b"half")
+    rehearse.rehearse(str(tmp_path), small=True, blocks=2)
+    assert not part.exists() and (tmp_path / "text_encoder" / "model.safetensors").exists()
+
+
 def test_a_full_disk_is_said_before_anything_is_written(tmp_path, monkeypatch):
     folder = str(tmp_path / "a" / "b")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1e9, 1e9, 1e6))
