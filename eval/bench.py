@@ -590,7 +590,7 @@ TABLES = {
 # ------------------------------------------------------------------------------------------------
 
 
-def rows_of(run, quick):
+def rows_of(run, options):
     """[{column: cell}] of a run, in a process of its own; the last may say why it is not there."""
     way = Way(**run.way)
     why = why_not(way)
@@ -601,7 +601,8 @@ def rows_of(run, quick):
         torchrun = "torch.distributed.run", "--standalone", "--nproc_per_node"
         line += [*torchrun, str(way.processes), "-m"]
     child = json.dumps([run.measurement.__name__, run.arguments, run.way])
-    line += ["eval.bench", "--child", child] + ["--quick"] * quick
+    line += ["eval.bench", "--child", child] + ["--quick"] * options.quick
+    line += ["--repeats", str(options.repeats)] if options.repeats else []
     done = subprocess.run(line, capture_output=True, text=True, cwd=ROOT)
     rows = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
     return rows + why_failed(done)
@@ -647,16 +648,29 @@ def limit_memory():
     resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def print_table(title, columns, runs, quick):
+def print_table(title, columns, runs, options):
     print(f"\n### {title}\n", flush=True)
     print_row(columns)
     print_row(["---"] * len(columns))
     ours = {}
     for run in tqdm(runs, leave=False):
-        for row in rows_of(run, quick):
+        for row in rows_of(run, options):
             row = run.cells | row
             add_ratio(row, ours)
             print_row(cells_of(row, columns))
+
+
+def chosen(runs, cells):
+    """Those among whose first cells all of these are, and what makes files for others."""
+    wanted = set(cells)
+    return [run for run in runs if not run.cells or {*map(str, run.cells.values())} >= wanted]
+
+
+def positive(text):
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def add_ratio(row, ours):
@@ -725,10 +739,14 @@ def main():
     add = parser.add_argument
     add("tables", nargs="*", help=f"of {', '.join(TABLES)}; default: all")
     add("--quick", action="store_true", help="the smallest sizes, only to see that all works")
+    add("--repeats", type=positive, help="of which medians are shown; default 5")
+    add("--only", nargs="+", default=[], help='rows with these cells, as "sample step" 73 ours')
     add("--weights", default=os.path.join(ROOT, "tiny"), help="folder for `tiny`; default tiny/")
     add("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     size = QUICK if options.quick else FULL
+    if options.repeats:
+        size = SimpleNamespace(**vars(size) | {"repeats": options.repeats})
     if options.child:
         run_child(size, *options.child)
         return
@@ -740,7 +758,8 @@ def main():
         checkpoint = os.path.join(folder, "dit.safetensors")
         paths = SimpleNamespace(weights=os.path.abspath(options.weights), checkpoint=checkpoint)
         for name in options.tables or TABLES:
-            print_table(*TABLES[name](size, paths), options.quick)
+            title, columns, runs = TABLES[name](size, paths)
+            print_table(title, columns, chosen(runs, options.only), options)
 
 
 if __name__ == "__main__":

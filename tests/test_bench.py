@@ -16,6 +16,7 @@ import musicinfuser as mi
 from eval import bench
 
 QUICK = bench.QUICK
+OPTIONS = SimpleNamespace(quick=True, repeats=None)
 
 
 def table_of(name, weights="", folder=""):
@@ -58,7 +59,7 @@ def test_offloaded_and_resident_steps_are_the_same():
 def test_two_processes_share_a_step(n, split):
     run = table_of("processes")[2][n]
     assert run.cells["processes"] == f"2, by {split}"
-    [row] = bench.rows_of(run, quick=True)
+    [row] = bench.rows_of(run, OPTIONS)
     assert row["s"] > 0, row
 
 
@@ -81,6 +82,22 @@ def test_command_prints_tables(monkeypatch, capsys):
     assert all("not measured: there is no GPU here" in line for line in gpu[2:])
 
 
+def test_rows_and_repeats_can_be_chosen(monkeypatch, capsys):
+    lines = []
+    only = "gpu --repeats 2 --only".split() + ["sample step", "7", "ours, with music", "no"]
+    monkeypatch.setattr(sys, "argv", ["bench", "--quick", *only])
+    monkeypatch.setattr(bench, "why_not", lambda way: None)
+    done = SimpleNamespace(stdout='{"s": 0.25}', stderr="", returncode=0)
+    monkeypatch.setattr(subprocess, "run", lambda line, **how: lines.append(line) or done)
+    bench.main()
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| sample")]
+    assert [row.split(" | ")[2:6] for row in rows] == [
+        ["ours, with music", "resident", "no", "1"],
+        ["ours, with music", "offloaded", "no", "1"],
+    ]
+    assert all(line[-3:] == ["--quick", "--repeats", "2"] for line in lines)
+
+
 def test_command_names_its_tables(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "speed"])
     wanted = "no table speed; there are dit, train, vae, load, tiny, processes, gpu"
@@ -90,7 +107,7 @@ def test_command_names_its_tables(monkeypatch):
 
 def test_a_row_says_why_it_is_missing(tmp_path):
     run = bench.Run({"dtype": "float32"}, bench.tiny, (str(tmp_path), "float32"))
-    [row] = bench.rows_of(run, quick=True)
+    [row] = bench.rows_of(run, OPTIONS)
     assert row[bench.WHY].startswith("failed: ")
     assert f"no such file: {tmp_path}/dit.safetensors" in row[bench.WHY]
     cells = bench.cells_of(run.cells | row, ("dtype", "what", "s"))
