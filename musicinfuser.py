@@ -1726,7 +1726,7 @@ def checkpoint_layers(dit):
         if not torch.is_grad_enabled():
             return inner(*inputs)
         with torch.autograd.graph.save_on_cpu(pin_memory=True) if to_host else nullcontext():
-            return checkpoint(inner, *inputs, use_reentrant=False)
+            return checkpoint(inner, *inputs, use_reentrant=False, preserve_rng_state=False)
 
     dit.layer = layer
 
@@ -1864,9 +1864,10 @@ def shard_blocks(dit, device, dtype):
     from torch.distributed.fsdp import fully_shard  # here, because it takes a second
 
     trained = set(adapter_parameters(dit).values())
+    mesh = dist.init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
     for block in dit.blocks:
         put_weights(block, converted(block, dtype, device))
-        fully_shard(block, reshard_after_forward=True, ignored_params=trained)
+        fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=trained)
 
 
 # ----------------------------------------------------------------------------------------------

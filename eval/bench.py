@@ -403,14 +403,17 @@ def cost(size, dit, x, texts, step, way):
 def vae(size, what, frames, latents, **way):
     """So many random frames, once, after one frame to warm up."""
     way = Way(**way)
+    dtype = mi.DTYPES[way.dtype]
     model, run = random_vae(size, way.by, what)
-    model.to(way.device, mi.DTYPES[way.dtype]).requires_grad_(False)
+    for name, p in model.requires_grad_(False).named_parameters():
+        ours = way.by == "ours"
+        p.data = p.to(way.device, mi.dtype_in(model, name, dtype) if ours else dtype)
     height, width = latents
     if what == "decode":
         shape = (1, 12, mi.latent_frames(frames), height, width)
     else:
         shape = (1, 3, frames, 8 * height, 8 * width)
-    x = (2 * torch.rand(shape) - 1).to(way.device, mi.DTYPES[way.dtype])
+    x = (2 * torch.rand(shape) - 1).to(way.device, dtype)
     run(x[:, :, :1])
     seconds = timed(run, x)
     yield {"s": seconds, "peak, GB": mi.peak_memory(way.device)}

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+PYTHONPATH = os.pathsep.join([ROOT, *filter(None, [os.environ.get("PYTHONPATH")])])
 sys.path.insert(0, ROOT)
 
 import musicinfuser as mi  # noqa: E402

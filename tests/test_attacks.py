@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import PROMPT, ROOT, bounded, small_dit, write_wav
+from conftest import PROMPT, PYTHONPATH, ROOT, bounded, small_dit, write_wav
 
 import adaptability
 import musicinfuser as mi
@@ -506,7 +506,7 @@ def killed(line, folder, number, begun, moment):
     temporary = folder / "tmp"
     temporary.mkdir(exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads()), "TMPDIR": str(temporary)}
-    how = {"env": os.environ | threads | {"PYTHONPATH": ROOT}, "cwd": folder}
+    how = {"env": os.environ | threads | {"PYTHONPATH": PYTHONPATH}, "cwd": folder}
     how |= {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "start_new_session": True}
     with subprocess.Popen(list(map(str, line)), **how) as run:
         while not begun() and run.poll() is None:

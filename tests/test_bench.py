@@ -66,6 +66,7 @@ def test_two_processes_share_a_step(n, split):
 def test_command_prints_tables(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "train", "gpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     row = {"s": 0.25, "MFU": 0.5, "peak, GB": 1.0}
     done = SimpleNamespace(stdout=f"a library's words\n{json.dumps(row)}", stderr="", returncode=0)
     monkeypatch.setattr(subprocess, "run", lambda line, **how: done)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT
+from conftest import PROMPT, PYTHONPATH, ROOT
 
 import musicinfuser as mi
 import sample
@@ -218,7 +218,7 @@ def test_bad_input_on_the_real_command_line(tmp_path):
     (tmp_path / "http:127.0.0.1:1.mp4").write_text("no video")
     line = [sys.executable, "-m", "eval.evaluate", "http:127.0.0.1:1.mp4"]
     options = {"capture_output": True, "text": True, "cwd": tmp_path}
-    result = subprocess.run(line, env=os.environ | {"PYTHONPATH": ROOT}, **options)
+    result = subprocess.run(line, env=os.environ | {"PYTHONPATH": PYTHONPATH}, **options)
     assert result.returncode == 1 and result.stderr.count("error: ") == 1
     assert "Traceback" not in result.stderr and "refused" not in result.stderr
 

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from conftest import PROMPT, ROOT, inputs, randomize
+from conftest import PROMPT, PYTHONPATH, ROOT, inputs, randomize
 from safetensors.torch import load_file, save_file
 
 import musicinfuser as mi
@@ -55,7 +55,7 @@ mi.main(main)
 def torchrun(count, *command, **environment):
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     line += ["--nproc_per_node", str(count), *map(str, command)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": ROOT} | environment
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH} | environment
     return subprocess.run(line, capture_output=True, text=True, env=environment, cwd=ROOT)
 
 
