@@ -1756,6 +1756,10 @@ def join_processes(options):
     backend = "gloo"
     if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", "cuda"
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if here > gpus:
+            hint = f"torchrun --nproc_per_node {gpus}"
+            raise InputError(f"each process takes a GPU, and {gpus} are here for {here}; {hint}")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         # Some wait long: the first makes a cache for all

@@ -2,7 +2,7 @@
 
 The paper's settings are the defaults. Whatever happens at a step follows from the seed and the
 step alone, so a run that was killed goes on by the same command and ends with the same adapter, to
-the bit, as one that never was.
+the bit, as one that never was. (On a GPU, long attention adds up gradients in no fixed order.)
 """
 
 import json

@@ -202,14 +202,18 @@ def test_each_process_has_its_own_gpu_under_one_name(monkeypatch):
     """The name is in recipes, and in the key of a state that more GPUs may go on from."""
     chosen, options = [], types.SimpleNamespace(device="cuda:0")
     torchruns = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost"}
-    for name, value in torchruns.items():
+    for name, value in (torchruns | {"LOCAL_WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setattr(mi.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(mi.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(mi.dist, "get_world_size", lambda: 2)
     assert mi.join_processes(options) == (1, 2)
     assert chosen == [1] and options.device == "cuda"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(mi.InputError, match="1 are here for 2; torchrun --nproc_per_node 1"):
+        mi.join_processes(options)
 
 
 PROTOCOL = """
