@@ -1756,17 +1756,22 @@ def join_processes(options):
     backend = "gloo"
     if torch.device(options.device).type == "cuda":
         backend, options.device = "nccl", "cuda"
-        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
-        if here > gpus:
-            hint = f"torchrun --nproc_per_node {gpus}"
-            raise InputError(f"each process takes a GPU, and {gpus} are here for {here}; {hint}")
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        take_own_gpu()
     if not dist.is_initialized():
         # Some wait long: the first makes a cache for all
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
         if dist.get_rank() > 0:
             sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), dist.get_world_size()
+
+
+def take_own_gpu():
+    """Of several processes here each computes on its own: what "cuda" means from then on."""
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    if here > gpus:
+        hint = f"torchrun --nproc_per_node {gpus}"
+        raise InputError(f"each process takes a GPU, and {gpus} are here for {here}; {hint}")
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
 
 
 def wait_for_all():
@@ -2394,8 +2399,11 @@ def choose_device(device=None, dtype=None):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with warnings.catch_warnings(action="ignore"):
         try:
-            if torch.device(device).type == "meta":
+            kind = torch.device(device).type
+            if kind == "meta":
                 raise RuntimeError("it computes nothing")
+            if kind == "cuda" and torch.cuda.is_available() and "LOCAL_RANK" in os.environ:
+                take_own_gpu()  # before anything is on the first
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]

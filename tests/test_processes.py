@@ -211,6 +211,10 @@ def test_each_process_has_its_own_gpu_under_one_name(monkeypatch):
     monkeypatch.setattr(mi.dist, "get_world_size", lambda: 2)
     assert mi.join_processes(options) == (1, 2)
     assert chosen == [1] and options.device == "cuda"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda *_, device: chosen.append(device))
+    assert mi.choose_device() == ("cuda", "bfloat16")
+    assert chosen == [1, 1, "cuda"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(mi.InputError, match="1 are here for 2; torchrun --nproc_per_node 1"):
         mi.join_processes(options)
