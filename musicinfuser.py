@@ -1766,7 +1766,8 @@ def join_processes(options):
 
 
 def take_own_gpu():
-    """Of several processes here each computes on its own: what "cuda" means from then on."""
+    """Of several processes here each computes on its own: what "cuda" means from then on. Raises
+    InputError where there are more of them than GPUs."""
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     if here > gpus:
         hint = f"torchrun --nproc_per_node {gpus}"

@@ -664,9 +664,9 @@ def print_table(title, columns, runs, options):
 
 
 def chosen(runs, cells):
-    """Those among whose first cells all of these are, and what makes files for others."""
-    wanted = set(cells)
-    return [run for run in runs if not run.cells or {*map(str, run.cells.values())} >= wanted]
+    """Those among whose first cells all of these are, and what makes files for them."""
+    found = [run for run in runs if not run.cells or {*map(str, run.cells.values())} >= {*cells}]
+    return found if any(run.cells for run in found) else []
 
 
 def positive(text):
@@ -760,9 +760,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = os.path.join(folder, "dit.safetensors")
         paths = SimpleNamespace(weights=os.path.abspath(options.weights), checkpoint=checkpoint)
-        for name in options.tables or TABLES:
-            title, columns, runs = TABLES[name](size, paths)
-            print_table(title, columns, chosen(runs, options.only), options)
+        tables = [TABLES[name](size, paths) for name in options.tables or TABLES]
+        tables = [(*head, chosen(runs, options.only)) for *head, runs in tables]
+        if not any(runs for *_, runs in tables):
+            raise mi.InputError(f"no row has the cells {', '.join(options.only)}")
+        for title, columns, runs in tables:
+            if runs:
+                print_table(title, columns, runs, options)
 
 
 if __name__ == "__main__":

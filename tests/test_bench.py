@@ -99,6 +99,12 @@ def test_rows_and_repeats_can_be_chosen(monkeypatch, capsys):
     assert all(line[-3:] == ["--quick", "--repeats", "2"] for line in lines)
 
 
+def test_cells_that_no_row_has_are_an_error(monkeypatch):
+    monkeypatch.setattr(sys, "argv", "bench --quick load --only flaot32".split())
+    with pytest.raises(mi.InputError, match="no row has the cells flaot32"):
+        bench.main()
+
+
 def test_command_names_its_tables(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["bench", "speed"])
     wanted = "no table speed; there are dit, train, vae, load, tiny, processes, gpu"
