@@ -157,7 +157,43 @@ def test_sampled_song_has_its_beats():
     assert len(song) == 5 * music.RATE and song.std() > 0.01
 
 
+@pytest.mark.skipif(not shutil.which("mma"), reason="takes MMA, the accompaniment generator")
+@pytest.mark.skipif(not shutil.which("fluidsynth"), reason="takes fluidsynth")
+def test_accompaniment_has_its_beats():
+    """MMA's metronome rises at the beats, and a band's song is as long as it was asked for."""
+    styles = music.find_styles("/usr/share")
+    assert len(styles) > 100 and len({groove for style in styles for groove in style}) > 1000
+    try:
+        fonts, _ = music.find_sounds("/usr/share")
+    except mi.InputError:
+        pytest.skip("no sound fonts")
+    for tempo in (90, 130):
+        song = music.accompany(styles[0][0], tempo, 1, 8.0, fonts)
+        assert len(song) == 8 * music.RATE and song.std() > 0.01
+        song = music.accompany("stdlib/metronome:Metronome4", tempo, 1, 8.0, fonts)
+        power = np.square(song).reshape(-1, 80).mean(1)  # of 5 ms
+        rise = np.diff(np.log(power + 1e-4), prepend=-10).clip(0)
+        beat = tempo / 60 * 0.005 * np.arange(len(rise))
+        turn = (rise * np.exp(2j * np.pi * beat)).sum() / rise.sum()
+        assert abs(turn) > 0.3 and abs(np.angle(turn)) < 0.8  # radians; a beat is 6.3
+
+
+def test_styles_are_what_goes_on_in_four_quarters(tmp_path, monkeypatch):
+    (tmp_path / "mma/lib/some").mkdir(parents=True)
+    for name, text in {
+        "rock": "Time 4\nDefGroove Rock\n  DefGroove RockPlus  Louder\nDefGroove RockIntro",
+        "waltz": "Time 3\nDefGroove Waltz",
+        "ballad68": "Time 4\nDefGroove Ballad68",
+        "ends": "DefGroove JustAnEnd",
+    }.items():
+        (tmp_path / f"mma/lib/some/{name}.mma").write_text(text)
+    monkeypatch.setattr(music.shutil, "which", lambda name: name)
+    assert music.find_styles(tmp_path) == [["some/rock:Rock", "some/rock:RockPlus"]]
+
+
 def test_missing_sounds_are_one_line(tmp_path):
+    with pytest.raises(mi.InputError, match="apt-get install mma"):
+        music.find_styles(tmp_path)
     with pytest.raises(mi.InputError, match="apt-get install fluidsynth"):
         music.find_sounds(tmp_path)
     with pytest.raises(mi.InputError, match="apt-get install asc-music .* torcs-data, or unpack"):
@@ -165,7 +201,8 @@ def test_missing_sounds_are_one_line(tmp_path):
 
 
 def test_no_package_is_both_trained_on_and_kept_back():
-    assert not recordings.TRAINING.keys() & recordings.VALIDATION.keys()
+    trained_on = recordings.TRAINING | recordings.SCORES
+    assert not trained_on.keys() & recordings.VALIDATION.keys()
 
 
 def test_midi_file_and_chart_agree(tmp_path):

@@ -26,7 +26,8 @@ from tiny.world import FPS, FRAMES
 TOKEN = 0.02  # seconds between Wav2Vec's tokens; the middle of the first is at 0.0125 s
 CLIP = mi.audio_seconds(FRAMES, FPS)
 WIDTH = 96
-SHARES = (0.35, 0.3, 0.35)  # of the synthesiser's songs, of the sampled instruments', of recordings
+# Of the synthesiser's songs, of the sampled instruments', of MMA's, of recordings
+SHARES = (0.25, 0.2, 0.25, 0.3)
 
 
 def teach(steps=700, seed=3):
@@ -37,7 +38,7 @@ def teach(steps=700, seed=3):
     print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
 
 
-def hear_more(sounds, steps=1200, seed=3):
+def hear_more(sounds, steps=4000, seed=13):
     """audio_encoder/ goes on with every kind of music.
 
     sounds: the folder with sound fonts, drum kits and games.
@@ -66,8 +67,9 @@ def learn(name, wav2vec, head, kinds, shares, steps, lr, seed, batch=24):
 def check_sounds(folder):
     """Raises InputError for what is missing, before anything takes long."""
     music.find_sounds(folder)
+    music.find_styles(folder)
     recordings.check_trackers()
-    for packages in (recordings.TRAINING, recordings.VALIDATION):
+    for packages in (recordings.TRAINING, recordings.SCORES, recordings.VALIDATION):
         recordings.find_recordings(folder, packages)
 
 
@@ -105,11 +107,12 @@ def fresh_head():
 
 
 def training_pieces(sounds, seed):
-    """Three lists of Pieces, one for each of SHARES."""
+    """Four lists of Pieces, one for each of SHARES."""
     return (
         synthesised_pieces(448, seed),
         sampled_pieces(560, seed, sounds),
-        recordings.pieces_of(sounds, recordings.TRAINING),
+        accompanied_pieces(1000, seed, sounds),
+        recordings.pieces_of(sounds, recordings.TRAINING) + played_scores(sounds),
     )
 
 
@@ -118,6 +121,7 @@ def unseen_pieces(sounds, seed):
     return {
         "the world's songs": synthesised_pieces(64, seed + 1000),
         "sampled instruments": sampled_pieces(64, seed + 1000, sounds),
+        "accompaniments": accompanied_pieces(64, seed + 1000, sounds),
         "recordings": recordings.pieces_of(sounds, recordings.VALIDATION),
     }
 
@@ -144,6 +148,35 @@ def sampled_piece(seed, i, sounds):
     return as_piece(music.recorded(song, rng), genre, tempo, "sampled")
 
 
+def accompanied_pieces(count, seed, sounds):
+    return in_parallel("accompanying", accompanied_piece, [(seed, i, sounds) for i in range(count)])
+
+
+def accompanied_piece(seed, i, sounds):
+    rng = np.random.default_rng((seed, 3, i))
+    styles = styles_of(sounds)
+    style, tempo = styles[rng.integers(len(styles))], music.draw_tempo(rng)
+    groove, number = str(rng.choice(style)), int(rng.integers(2**31))
+    song = music.accompany(groove, tempo, number, 16.0, sampled_instruments(sounds)[0])
+    beats = np.arange(0, len(song) / music.RATE, 60 / tempo)
+    return Piece(music.recorded(song, rng).astype(np.float16), beats, -1, groove)
+
+
+def played_scores(sounds):
+    """MIDI files, each played with every sound font."""
+    fonts = sampled_instruments(sounds)[0]
+    found = recordings.find_recordings(sounds, recordings.SCORES)
+    jobs = [(path, font) for _, path in found for font in fonts]
+    return in_parallel("scores", played_score, jobs)
+
+
+def played_score(path, font, seconds=recordings.LONGEST):
+    with open(path, "rb") as file:
+        song = music.level(music.fluidsynth(file.read(), font, seconds))
+    end = np.flatnonzero(np.abs(song) > 0.02)[-1] / music.RATE
+    return recordings.cut_out(song, recordings.chart_beats(path, end), path)
+
+
 def in_parallel(name, function, arguments):
     # A fork that computes with several threads waits for its parent's for ever
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
@@ -161,6 +194,11 @@ def sampled_instruments(sounds):
 def as_piece(song, genre, tempo, source):
     beats = np.arange(0, len(song) / music.RATE, 60 / tempo)
     return Piece(song.astype(np.float16), beats, list(world.GENRES).index(genre), source)
+
+
+@cache
+def styles_of(sounds):
+    return music.find_styles(sounds)
 
 
 class Crop(NamedTuple):

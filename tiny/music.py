@@ -348,6 +348,52 @@ def play_sampled(genre, tempo, seed, seconds, fonts, kits):
 
 
 # --------------------------------------------------------------------------------------------------
+# Accompaniments: the styles of MMA, the Musical MIDI Accompaniment Generator
+# --------------------------------------------------------------------------------------------------
+
+# Chords of four bars each
+PROGRESSIONS = ("C Am F G7", "C F C G", "Am F C G", "Dm7 G7 CM7 Am7", "Am Dm E7 Am", "C Bb F C")
+PROGRESSIONS += ("C C F G", "Em Am Dm G7", "Am G F E7", "C7 F7 C7 G7", "Am Am Dm Em", "F G Em Am")
+NO_GROOVE = "(?i)intro|end|metronome|none"  # names of what does not go on, or is silent
+
+
+def find_styles(folder):
+    """[[groove]] below `folder`, a list for each of MMA's files of music in four quarters."""
+    library, styles = os.path.join(folder, "mma/lib"), []
+    for path in sorted(glob.glob(os.path.join(library, "*/*.mma"))):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text = file.read()
+        quarters = set(re.findall(r"(?im)^\s*time\s+(\d+)", text))
+        names = re.findall(r"(?im)^\s*defgroove\s+(\S+)", text)
+        names = [name for name in names if not re.search(NO_GROOVE, name)]
+        if names and quarters <= {"4"} and "68" not in path:
+            style = os.path.relpath(path, library).removesuffix(".mma")
+            styles.append([f"{style}:{name}" for name in names])
+    if not (styles and shutil.which("mma")):
+        raise mi.InputError(
+            "no accompaniments: apt-get install mma, or name the folder it is in with --sounds"
+        )
+    return styles
+
+
+def accompany(groove, tempo, seed, seconds, fonts):
+    """A band plays that groove to chords that are drawn: float32 (samples,). Its first beat is at
+    0 s, the next ones are 60 / tempo s apart."""
+    rng = np.random.default_rng(seed)
+    bars = int(seconds * tempo / 240) + 2
+    chords = str(rng.choice(PROGRESSIONS)).split()
+    lines = [f"RndSeed {seed}", f"Tempo {tempo}", f"Transpose {rng.integers(-5, 7)}"]
+    lines += [f"Groove {groove}", *(chords[bar % 4] for bar in range(bars))]
+    with tempfile.TemporaryDirectory() as folder:
+        score, midi = os.path.join(folder, "song.mma"), os.path.join(folder, "song.mid")
+        with open(score, "w") as file:
+            file.write("\n".join(lines) + "\n")
+        subprocess.run(["mma", score, "-f", midi], check=True, capture_output=True)
+        with open(midi, "rb") as file:
+            return level(fluidsynth(file.read(), fonts[rng.integers(len(fonts))], seconds))
+
+
+# --------------------------------------------------------------------------------------------------
 # Roughening: songs as recordings have them
 # --------------------------------------------------------------------------------------------------
 

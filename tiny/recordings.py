@@ -50,6 +50,10 @@ VALIDATION = {  # kept back whole
     "titanion-data": "games/titanion/sounds/musics/*.ogg",  # BSD
     "torcs-data": "games/torcs/data/music/*.ogg",  # GPL-2+
 }
+SCORES = {  # MIDI files, for training
+    "openttd-openmsx": "games/openttd/baseset/openmsx/*.mid",  # GPL-2
+    "planetblupi-music-midi": "planetblupi/music/*.mid",  # GPL-3+
+}
 # fmt: on
 
 
