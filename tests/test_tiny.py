@@ -179,16 +179,17 @@ def test_accompaniment_has_its_beats():
 
 
 def test_styles_are_what_goes_on_in_four_quarters(tmp_path, monkeypatch):
-    (tmp_path / "mma/lib/some").mkdir(parents=True)
+    folder = tmp_path / "68"  # its name says nothing of the music
+    (folder / "mma/lib/some").mkdir(parents=True)
     for name, text in {
         "rock": "Time 4\nDefGroove Rock\n  DefGroove RockPlus  Louder\nDefGroove RockIntro",
         "waltz": "Time 3\nDefGroove Waltz",
         "ballad68": "Time 4\nDefGroove Ballad68",
         "ends": "DefGroove JustAnEnd",
     }.items():
-        (tmp_path / f"mma/lib/some/{name}.mma").write_text(text)
+        (folder / f"mma/lib/some/{name}.mma").write_text(text)
     monkeypatch.setattr(music.shutil, "which", lambda name: name)
-    assert music.find_styles(tmp_path) == [["some/rock:Rock", "some/rock:RockPlus"]]
+    assert music.find_styles(folder) == [["some/rock:Rock", "some/rock:RockPlus"]]
 
 
 def test_missing_sounds_are_one_line(tmp_path):

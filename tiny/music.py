@@ -366,8 +366,8 @@ def find_styles(folder):
         quarters = set(re.findall(r"(?im)^\s*time\s+(\d+)", text))
         names = re.findall(r"(?im)^\s*defgroove\s+(\S+)", text)
         names = [name for name in names if not re.search(NO_GROOVE, name)]
-        if names and quarters <= {"4"} and "68" not in path:
-            style = os.path.relpath(path, library).removesuffix(".mma")
+        style = os.path.relpath(path, library).removesuffix(".mma")
+        if names and quarters <= {"4"} and "68" not in style:  # 6/8, written as four quarters
             styles.append([f"{style}:{name}" for name in names])
     if not (styles and shutil.which("mma")):
         raise mi.InputError(
