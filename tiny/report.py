@@ -21,6 +21,15 @@ from tiny.studio import HERE, WORK, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES
 
 SONGS = os.path.join(WORK, "songs")
+CHOICES = (  # of `choose`: lora scale, cfg, music cfg, music above
+    (1.0, 2.5, 4.0, 0.0),
+    (1.0, 2.5, 4.0, 0.6),
+    (1.0, 1.5, 4.0, 0.6),
+    (1.0, 2.5, 7.0, 0.6),
+    (0.5, 2.5, 4.0, 0.6),
+    (0.5, 1.5, 4.0, 0.6),
+    (0.5, 2.5, 7.0, 0.6),
+)
 
 
 def report(adapter=None, count=32, sounds=None):
@@ -68,19 +77,21 @@ def of_prompts(prompts, adapter=None, count=32):
 def choose(adapter=None, count=32):
     """Print what guidance does, on other songs than the report's: the folder's defaults are chosen
     here."""
-    studio = studio_of(adapter)
     songs = unseen_songs(count, seed=78)
-    for cfg, music_cfg, above in ((2.5, 4, 0.0), (2.5, 4, 0.6), (1.5, 4, 0.6), (2.5, 7, 0.6)):
+    for lora, cfg, music_cfg, above in CHOICES:
         given = {"cfg": cfg, "music_cfg": music_cfg, "music_above": above}
-        name, films = f"cfg {cfg}, music cfg {music_cfg} above {above}", []
-        for subject in ("person", "dog"):
+        studio = studio_of(adapter, lora_scale=lora, **given)
+        name, films = f"LoRA x {lora}, cfg {cfg}, music cfg {music_cfg} above {above}", []
+        for subject in world.SUBJECTS[:2]:
             prompts = prompts_of(subject, count, 78)
-            films += list(filmed(studio, f"{subject}, {name}", prompts, songs, **given))
-        print(f"Frechet distance of these: {to_the_world(films):.3f}", flush=True)
+            films += filmed(studio, f"{subject}, {name}", prompts, songs)
+            alone = filmed(studio, f"a {subject} dancing", [f"a {subject} dancing"] * count, songs)
+            print_likeness(alone, subject)
+        print(f"Frechet distance of all captions': {to_the_world(films):.3f}", flush=True)
 
 
-def studio_of(adapter):
-    return Studio(HERE, adapter or in_folder("musicinfuser.safetensors"))
+def studio_of(adapter, **given):
+    return Studio(HERE, adapter or in_folder("musicinfuser.safetensors"), **given)
 
 
 def prompts_of(subject, count, seed=7):
