@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import musicinfuser as mi
+import sample
+from eval import films
 from tiny import fit, listen, make, music, recordings, report, world
 
 TINY = make.HERE
@@ -333,6 +335,18 @@ def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, c
         rf" r {number} ± .* another song {number} ±", capsys.readouterr().out
     ).groups()
     assert float(own) > 0.3 and float(own) - float(other) > 0.3
+
+
+def test_the_report_films_what_sample_py_makes(tmp_path, monkeypatch):
+    made, song = [], os.path.join(TINY, "song.wav")
+    monkeypatch.setattr(sample, "finish", lambda options, seed, film, dit: made.append(film))
+    sample.generate(song, "two dogs", frames=7, steps=2, weights=TINY, out=str(tmp_path))
+    given = ["two dogs"], [films.Song(song, 0.0, None, "")]
+    (film,) = report.studio_of(None).film(*given, frames=7, steps=2)
+    assert np.abs(film.astype(int) - mi.to_pixels(made[0])).max() <= 1
+    # It is as the folder prefers it, LoRA's part in it too
+    (film_at_1,) = report.studio_of(None, lora_scale=1.0).film(*given, frames=7, steps=2)
+    assert np.abs(film.astype(int) - film_at_1).max() > 10
 
 
 def test_the_next_recordings_beats_are_another_recordings(monkeypatch, tmp_path):
