@@ -45,7 +45,7 @@ TRAINING = {
     "window": 0,
     "wild_ratio": 2.0,
     "rank": 8,  # of 64, a dog is no dog any more
-    "alpha": 4,  # of 8, "a person" is often two, and anywhere, after so many steps
+    "alpha": 4,  # with 8, "a person" is often two, and anywhere, after so many steps
     "steps": 4000,
     "batch": 7,
     "lr": 2e-3,

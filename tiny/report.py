@@ -87,7 +87,7 @@ def choose(adapter=None, count=32):
             films += filmed(studio, f"{subject}, {name}", prompts, songs)
             alone = filmed(studio, f"a {subject} dancing", [f"a {subject} dancing"] * count, songs)
             print_likeness(alone, subject)
-        print(f"Frechet distance of all captions': {to_the_world(films):.3f}", flush=True)
+        print(f"Frechet distance of the captions' films: {to_the_world(films):.3f}", flush=True)
 
 
 def studio_of(adapter, **given):
