@@ -81,16 +81,17 @@ def scenes_of(kind, count, seed):
 class Studio:
     """A weights folder's models, for many films at once; as sample.py makes them."""
 
-    def __init__(self, weights, adapter=None, device="cpu", dtype=torch.float32, **given):
-        """given: fields of sample.Options, such as lora_scale, where the folder's are not meant."""
+    def __init__(self, weights, adapter=None, device="cpu", dtype=torch.float32, lora_scale=None):
         self.weights, self.device = weights, device
         self.dit = mi.load_dit(os.path.join(weights, "dit.safetensors"), device, dtype)
         self.decoder = mi.load_decoder(os.path.join(weights, "decoder.safetensors"), device, dtype)
         self.encoder = mi.load_encoder(os.path.join(weights, "encoder.safetensors"), device, dtype)
-        self.options = mi.settle(sample.Options, self.dit.config.sampling, given)
+        self.options = mi.settle(mi.SamplingOptions, self.dit.config.sampling, {})
         self.listen = None
         if adapter:
-            mi.load_adapter(self.dit, adapter, lora_scale=self.options.lora_scale)
+            given = {"lora_scale": lora_scale}
+            preferred = mi.settle(sample.Options, self.dit.config.sampling, given)
+            mi.load_adapter(self.dit, adapter, lora_scale=preferred.lora_scale)
             self.listen = mi.AudioEncoder(weights, device)
 
     def film(self, prompts, songs=None, seed=0, speed=1.0, at_once=16, **given):

@@ -340,12 +340,14 @@ def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, c
 def test_the_report_films_what_sample_py_makes(tmp_path, monkeypatch):
     made, song = [], os.path.join(TINY, "song.wav")
     monkeypatch.setattr(sample, "finish", lambda options, seed, film, dit: made.append(film))
-    sample.generate(song, "two dogs", frames=7, steps=2, weights=TINY, out=str(tmp_path))
+    short = {"frames": 7, "steps": 2}
+    on_cpu = {"device": "cpu", "dtype": "float32", "weights": TINY, "out": str(tmp_path)}
+    sample.generate(song, "two dogs", **short, **on_cpu)
     given = ["two dogs"], [films.Song(song, 0.0, None, "")]
-    (film,) = report.studio_of(None).film(*given, frames=7, steps=2)
+    (film,) = report.studio_of(None).film(*given, **short)
     assert np.abs(film.astype(int) - mi.to_pixels(made[0])).max() <= 1
     # It is as the folder prefers it, LoRA's part in it too
-    (film_at_1,) = report.studio_of(None, lora_scale=1.0).film(*given, frames=7, steps=2)
+    (film_at_1,) = report.studio_of(None, lora_scale=1.0).film(*given, **short)
     assert np.abs(film.astype(int) - film_at_1).max() > 10
 
 

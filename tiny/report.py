@@ -80,18 +80,19 @@ def choose(adapter=None, count=32):
     songs = unseen_songs(count, seed=78)
     for lora, cfg, music_cfg, above in CHOICES:
         given = {"cfg": cfg, "music_cfg": music_cfg, "music_above": above}
-        studio = studio_of(adapter, lora_scale=lora, **given)
+        studio = studio_of(adapter, lora)
         name, films = f"LoRA x {lora}, cfg {cfg}, music cfg {music_cfg} above {above}", []
-        for subject in world.SUBJECTS[:2]:
+        for subject in ("person", "dog"):
             prompts = prompts_of(subject, count, 78)
-            films += filmed(studio, f"{subject}, {name}", prompts, songs)
-            alone = filmed(studio, f"a {subject} dancing", [f"a {subject} dancing"] * count, songs)
-            print_likeness(alone, subject)
+            films += filmed(studio, f"{subject}, {name}", prompts, songs, **given)
+            prompt = f"a {subject} dancing"
+            print_likeness(filmed(studio, prompt, [prompt] * count, songs, **given), subject)
         print(f"Frechet distance of the captions' films: {to_the_world(films):.3f}", flush=True)
 
 
-def studio_of(adapter, **given):
-    return Studio(HERE, adapter or in_folder("musicinfuser.safetensors"), **given)
+def studio_of(adapter, lora_scale=None):
+    adapter = adapter or in_folder("musicinfuser.safetensors")
+    return Studio(HERE, adapter, lora_scale=lora_scale)
 
 
 def prompts_of(subject, count, seed=7):
@@ -174,9 +175,13 @@ def error(values):
 
 def print_likeness(films, subject):
     """Is it still what the prompt asks for? Nothing in r asks what it is that moves."""
-    alone = Studio(HERE).film([f"a {subject} dancing"] * len(films))
-    own, prior = (to_the_world(some, subject) for some in (films, alone))
+    own, prior = to_the_world(films, subject), likeness_of_the_prior(subject, len(films))
     print(f"Frechet distance to the world's {subject}: {own:.3f}, the prior's: {prior:.3f}")
+
+
+@cache
+def likeness_of_the_prior(subject, count):
+    return to_the_world(Studio(HERE).film([f"a {subject} dancing"] * count), subject)
 
 
 def print_pulse(films, songs):
