@@ -327,6 +327,24 @@ def test_a_stage_trained_anew_forgets_what_went_on_from_it(tmp_path, monkeypatch
     assert not torch.equal(trained("further", 3.0), further)
 
 
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (64, 64)])
+def test_muon_is_pytorchs_but_for_its_bfloat16(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = start.clone().requires_grad_(), start.clone().requires_grad_()
+    optimiser = fit.Muon([ours])
+    optimiser.param_groups[0]["lr"] = 0.01
+    settings = {"lr": 0.01, "weight_decay": 0, "adjust_lr_fn": "match_rms_adamw"}
+    reference = torch.optim.Muon([theirs], **settings)
+    for _ in range(4):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        optimiser.step()
+        reference.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved
+
+
 def test_what_ships_dances_to_songs_that_it_never_heard(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "SONGS", str(tmp_path))
     report.of_prompts(["a person dancing"], count=4)
