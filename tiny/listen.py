@@ -38,7 +38,7 @@ def teach(steps=700, seed=3):
     print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
 
 
-def hear_more(sounds, steps=4000, seed=13):
+def hear_more(sounds, steps=6000, seed=13):
     """audio_encoder/ goes on with every kind of music.
 
     sounds: the folder with sound fonts, drum kits and games.
