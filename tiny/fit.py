@@ -132,12 +132,13 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonal(matrix, steps=5):
     """The matrix with all singular values near 1, by Newton-Schulz with Keller Jordan's numbers."""
-    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = x / x.norm().clamp(min=1e-7)
+    if matrix.shape[0] > matrix.shape[1]:
+        return orthogonal(matrix.T, steps).T  # the smaller product
+    x = matrix / matrix.norm().clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+    return x
 
 
 def path_of(name):
