@@ -340,14 +340,11 @@ def fresh_dit(seed):
     torch.manual_seed(seed)
     dit = mi.DiT(depth=12, width=160, text_width=80, heads=4, t5_width=96)
     with torch.no_grad():
-        thirds = (
-            (slice(0, 8), 1.5, 0.03),
-            (slice(8, 14), 0.06, 0.006),
-            (slice(14, 20), 0.06, 0.006),
-        )
-        for axis, (part, high, low) in enumerate(
-            thirds
-        ):  # of the angles, for time, height and width
+        # Each axis' share of a head's angles, and their speeds, in radians per latent position
+        time = slice(0, 8), 1.5, 0.03
+        height = slice(8, 14), 0.06, 0.006
+        width = slice(14, 20), 0.06, 0.006
+        for axis, (part, high, low) in enumerate((time, height, width)):
             count = part.stop - part.start
             speeds = high * (low / high) ** (torch.arange(count) / (count - 1))
             dit.pos_frequencies[axis, :, part] = speeds
