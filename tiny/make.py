@@ -46,7 +46,7 @@ TRAINING = {
     "wild_ratio": 2.0,
     "rank": 8,  # of 64, a dog is no dog any more
     "alpha": 4,  # with 8, "a person" is often two, and anywhere, after so many steps
-    "steps": 4000,
+    "steps": 7000,
     "batch": 7,
     "lr": 2e-3,
     "base_prompt_ratio": 0.05,  # "a dance video" is anywhere, so at 0.2 all that names no place is
