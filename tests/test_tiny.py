@@ -71,7 +71,28 @@ def test_tokenizer_files_agree_on_every_caption():
         assert fast(text).input_ids == slow.encode(text) + [slow.eos_id()]
 
 
+def test_tokenizer_has_a_token_for_every_word_of_the_captions(tmp_path, monkeypatch):
+    pytest.importorskip("sentencepiece")
+    monkeypatch.setattr(make, "in_folder", lambda name: str(tmp_path / name))
+    tokenizer = make.make_tokenizer(2)
+    drawn, rng = scenes(300)
+    for scene in drawn:
+        text = world.caption(scene, rng)[0]
+        pieces = [piece.lstrip("\u2581") for piece in tokenizer.tokenize(text)]
+        assert set(re.findall("[a-z]+", text.lower())) <= set(pieces)
+
+
 # Pictures
+
+
+def test_vae_is_taught_on_whole_parts_of_the_clips():
+    where = np.stack(np.indices((world.FRAMES, world.SIZE, world.SIZE)), -1).astype(np.uint8)
+    parts = make.crops(where[None], 7, 40, 32, np.random.default_rng(0))
+    places = [mi.to_pixels(part).astype(int) for part in parts]
+    for place in places:
+        inside = np.stack(np.indices((7, 32, 32)), -1)
+        assert np.array_equal(place, place[0, 0, 0] + inside)
+    assert len({tuple(place[0, 0, 0]) for place in places}) > 35
 
 
 def test_dance_rests_on_the_beat_and_moves_between():

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
@@ -33,7 +34,7 @@ from dataset.aist import TEST_SONGS, list_videos
 from eval.quality import reference_statistics
 from tiny import listen, music, recordings, world
 from tiny.fit import fit, in_dtype, named
-from tiny.studio import DTYPE_NAME, HERE, WORK, Captions, frozen_encoder, in_folder
+from tiny.studio import DTYPE, DTYPE_NAME, HERE, WORK, Captions, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
@@ -66,17 +67,20 @@ def generators(*numbers):
 # --------------------------------------------------------------------------------------------------
 
 
-def make_vae(options, steps=2000, seed=1):
+def make_vae(options, steps=3000, seed=1):
+    """Most of it on quarters of the pictures, which are faster, then on whole ones and longer."""
     torch.manual_seed(seed)
     encoder, decoder = fresh_vae()
     clips, unseen = silent_clips(1600, seed), silent_clips(16, seed + 1000)
 
     def loss(step):
         rng, generator = generators(seed, step)
-        frames, batch = (13, 6) if step < 0.75 * steps else (25, 3)
-        return vae_loss(encoder, decoder, crops(clips, frames, batch, rng), generator)
+        early = step < 0.75 * steps
+        frames, batch, side = (13, 6, SIZE // 2) if early else (25, 3, SIZE)
+        video = crops(clips, frames, batch, side, rng)
+        return vae_loss(encoder, decoder, video, min(1, 2 * step / steps), generator)
 
-    fit("vae", named(encoder=encoder, decoder=decoder), loss, steps, 2e-3)
+    fit("vae", named(encoder=encoder, decoder=decoder), loss, steps, 4e-3)
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         mi.save_safetensors(in_folder(f"{name}.safetensors"), mi.shrunk(module.state_dict()))
     print(f"VAE: PSNR {psnr(unseen):.2f} dB on 16 unseen clips")
@@ -98,16 +102,19 @@ def silent_clips(count, seed):
     return clips
 
 
-def crops(clips, frames, batch, rng):
-    """(batch, 3, frames, SIZE, SIZE) in [-1, 1]"""
-    starts = rng.integers(FRAMES - frames + 1, size=batch)
-    picked = [
-        clips[i, f : f + frames] for i, f in zip(rng.integers(len(clips), size=batch), starts)
-    ]
-    return torch.stack([mi.from_pixels(clip) for clip in picked])
+def crops(clips, frames, batch, side, rng):
+    """(batch, 3, frames, side, side) in [-1, 1]"""
+    picked = []
+    for i in rng.integers(len(clips), size=batch):
+        first = rng.integers(FRAMES - frames + 1)
+        top, left = rng.integers(SIZE - side + 1, size=2)
+        part = clips[i, first : first + frames, top : top + side, left : left + side]
+        picked.append(mi.from_pixels(part))
+    return torch.stack(picked)
 
 
-def vae_loss(encoder, decoder, video, generator):
+def vae_loss(encoder, decoder, video, warmth, generator):
+    """warmth: how much of the KL's weight counts yet, from 0 to 1."""
     mean, logvar = encoder(video)
     logvar = logvar.clamp(-12, 4)
     z = mean + (logvar / 2).exp() * torch.randn(mean.shape, generator=generator)
@@ -115,7 +122,8 @@ def vae_loss(encoder, decoder, video, generator):
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     mse = error.square().mean()
     numbers = {"dB": -10 * math.log10(mse.item() / 4), "kl": kl.item()}
-    return error.abs().mean() + 3 * mse + 3e-4 * kl, numbers
+    # with 1e-3 for 1e-2 it is 0.3 dB more, and the prior has half as much again to foretell
+    return error.abs().mean() + 3 * mse + 1e-2 * warmth * kl, numbers
 
 
 @torch.no_grad()
@@ -190,6 +198,8 @@ def make_tokenizer(seed):
 
     rng = np.random.default_rng(seed)
     lines = [world.caption(world.draw_scene(rng), rng)[0] for _ in range(20000)]
+    words = {word for line in lines for word in re.findall("[a-z]+", line.lower())}
+    lines += [2 * word for word in sorted(words)]  # a piece has to occur in two words
     folder = in_folder("tokenizer")
     shutil.rmtree(
         folder, ignore_errors=True
@@ -245,21 +255,22 @@ def make_hear(options):
 # The prior: text to silent video, on all subjects
 # --------------------------------------------------------------------------------------------------
 
-SHORT, LONG = (5000, FRAMES, 4), (240, 271, 104)  # clips, frames, seed
+SHORT, LONG, UNSEEN = (8000, FRAMES, 4), (240, 271, 104), (200, FRAMES, 204)  # clips, frames, seed
 
 
-def make_prior(options, steps=3000, seed=4):
+def make_prior(options, steps=2400, seed=4):
+    """On the first 19 frames of the clips: many pictures a second, and what moves between them."""
     mean, std = (moment.tolist() for moment in moments(latents_of(*SHORT)[0]))
     dit = in_dtype(fresh_dit(seed))
     dit.config = mi.ModelConfig(FPS, tuple(mean), tuple(std), SAMPLING, TRAINING)
-    fit_prior("prior", dit, steps, 2e-3, seed)
+    fit_prior("prior", dit, steps, 2e-3, seed, brief)
 
 
-def make_further(options, steps=1300, seed=14):
-    """dit.safetensors goes on from the weights that are there, on other batches."""
+def make_further(options, steps=2400, seed=14):
+    """dit.safetensors goes on from the weights that are there, on whole clips."""
     dit = in_dtype(mi.load_dit(in_folder("dit.safetensors")))
     dit.config = dataclasses.replace(dit.config, sampling=SAMPLING, training=TRAINING)
-    fit_prior("further", dit, steps, 1.5e-3, seed)
+    fit_prior("further", dit, steps, 1.5e-3, seed, whole)
 
 
 def make_settings(options):
@@ -270,21 +281,18 @@ def make_settings(options):
     mi.save_safetensors(path, tensors, {"config": json.dumps(config)})
 
 
-def fit_prior(name, dit, steps, lr, seed):
-    """Flow matching on captioned clips, text dropped in one of ten."""
+def fit_prior(name, dit, steps, lr, seed, sizes):
+    """Flow matching on captioned clips, text dropped in one of ten.
+
+    sizes(step) -> (latent frames, clips)"""
     captions, statistics = Captions(), (dit.config.mean, dit.config.std)
     sets = [latents_of(*SHORT), latents_of(*LONG)]
     sets = [(mi.to_dit_space(z, *statistics), scenes) for z, scenes in sets]
     dit.pos_frequencies.requires_grad_(False)
-    # bfloat16 in attention too: without it, PyTorch's plain kernel goes by float32
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    if shutil.which("g++"):  # a third faster
-        print("compiling the blocks, which takes a minute")
-        mi.compile_blocks(dit)
 
     def loss(step):
         rng, generator = generators(seed, step)
-        T, batch = clip_sizes(step)
+        T, batch = sizes(step)
         z, scenes = sets[T > 13]
         picked = rng.integers(len(z), size=batch)
         y, mask = captions(world.caption(scenes[i], rng)[0] for i in picked)
@@ -295,36 +303,80 @@ def fit_prior(name, dit, steps, lr, seed):
         return losses.mean(), {f"loss{T}": losses.mean().item()}
 
     parameters = {key: p for key, p in dit.named_parameters() if p.requires_grad}
-    with sdpa_kernel(SDPBackend.MATH):  # on a CPU the flash kernel is slower backwards
+    with fastest(dit):
         fit(name, parameters, loss, steps, lr, warmup=100)
+        found = ", ".join(f"{unseen_loss(dit, captions, T):.3f} of {T}" for T in (4, 13))
     mi.save_dit(dit, in_folder("dit.safetensors"))
+    print(f"{name}: loss {found} latent frames of {UNSEEN[0]} unseen clips")
+
+
+@torch.no_grad()
+def unseen_loss(dit, captions, T, seed=9):
+    """The mean over clips that nothing is trained on and six noise levels, always the same."""
+    z, scenes = latents_of(*UNSEEN)
+    z = mi.to_dit_space(z[:, :, :T], dit.config.mean, dit.config.std)
+    rng, generator = generators(seed)
+    y, mask = captions(world.caption(scene, rng)[0] for scene in scenes)
+    eps = torch.randn(z.shape, generator=generator)
+    losses = []
+    for sigma in (0.1, 0.3, 0.5, 0.7, 0.85, 0.95):
+        at = torch.full((len(z),), sigma)
+        losses.append(mi.flow_matching_loss(dit, z, at, eps, y, mask).mean().item())
+    return np.mean(losses)
+
+
+def brief(step):
+    return 4, 40
+
+
+def whole(step):
+    """One step in five has longer videos."""
+    if step % 5 < 4:
+        return 13, 32
+    return (25, 16) if step % 10 == 4 else (46, 9)
+
+
+def fastest(dit):
+    """The attention kernel to train the DiT with, on a CPU; in bfloat16 its blocks are compiled."""
+    if DTYPE == torch.float32:
+        return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
+    if shutil.which("g++"):  # a third faster
+        print("compiling the blocks, which takes a minute")
+        mi.compile_blocks(dit)
+    # without it, PyTorch's plain kernel goes by float32; its flash kernel is slower backwards
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def moments(z):
     return z.mean((0, 2, 3, 4)), z.std((0, 2, 3, 4))
 
 
-def clip_sizes(step):
-    """(latent frames, clips): one step in five has longer videos."""
-    if step % 5 < 4:
-        return 13, 32
-    return (25, 16) if step % 10 == 4 else (46, 9)
-
-
-def latents_of(count, frames, seed):
-    """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/."""
+def latents_of(count, frames, seed, part=1000):
+    """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/,
+    in parts."""
     made_by = mi.digest([count, seed, mi.file_digest(in_folder("encoder.safetensors"))])[:12]
-    path = os.path.join(WORK, f"latents-{frames}-{made_by}.safetensors")
-    if not os.path.exists(path):
-        jobs = [[seed] * count, range(count), [frames] * count]
-        with ProcessPoolExecutor(os.cpu_count()) as pool:
-            found = pool.map(latents_of_one, *jobs, chunksize=8)
-            found = list(tqdm(found, f"latents of {frames} frames", count, mininterval=10))
-        latents, scenes = zip(*found)
-        tensors = {"latents": torch.from_numpy(np.stack(latents))}
-        mi.save_safetensors(path, tensors, {"scenes": json.dumps(scenes)})
-    tensors, metadata = mi.read_safetensors(path)
-    return tensors["latents"], json.loads(metadata["scenes"])
+    latents, scenes = [], []
+    for first in range(0, count, part):
+        clips = range(first, min(first + part, count))
+        path = os.path.join(WORK, f"latents-{frames}-{made_by}-{first}.safetensors")
+        if not os.path.exists(path):
+            save_latents(path, clips, frames, seed)
+        tensors, metadata = mi.read_safetensors(path)
+        latents.append(tensors["latents"])
+        scenes += json.loads(metadata["scenes"])
+    return torch.cat(latents), scenes
+
+
+def save_latents(path, clips, frames, seed):
+    jobs = [[seed] * len(clips), clips, [frames] * len(clips)]
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(latents_of_one, *jobs, chunksize=8)
+        what = f"latents {clips[0]} to {clips[-1]} of {frames} frames"
+        latents, scenes = zip(*tqdm(found, what, len(clips), mininterval=10))
+    mi.save_safetensors(
+        path, {"latents": torch.from_numpy(np.stack(latents))}, {"scenes": json.dumps(scenes)}
+    )
 
 
 @torch.no_grad()
