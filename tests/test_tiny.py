@@ -48,6 +48,14 @@ def test_caption_leaves_out_only_the_usual_place_and_camera():
         )
 
 
+def test_captions_of_other_videos_leave_the_genre_to_the_music():
+    names = [name for name, *_ in world.GENRES.values()]
+    rng = np.random.default_rng(0)
+    texts = [make.draw_wild(rng, i)[-1] for i in range(300)]
+    assert not [text for text in texts if any(name.lower() in text.lower() for name in names)]
+    assert any("dancing" in text for text in texts)
+
+
 def test_aist_name_is_read_by_the_data_set():
     from dataset.aist import NAME
 

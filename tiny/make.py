@@ -497,7 +497,7 @@ def draw_wild(rng, i):
     if name in TEST_SONGS:
         name = f"wild-{name}"
     path, song = os.path.join("wild", f"wild-{i:04d}"), (name, scene["genre"], number)
-    return path, scene, song, world.caption(scene, rng)[0]
+    return path, scene, song, world.caption(scene, rng, genre=0)[0]  # that is for the music to say
 
 
 def film_dance(path, scene, text, song, start, beat):

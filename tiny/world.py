@@ -372,17 +372,20 @@ DOES_GENRE = ("dancing {}", "dancing {}", "performing {}", "doing a {} dance")
 # fmt: on
 
 
-def caption(scene, rng):
-    """A caption in few or many words, and what it tells: {attribute: value or None}."""
+def caption(scene, rng, genre=0.5):
+    """A caption in few or many words, and what it tells: {attribute: value or None}.
+
+    genre: how often it is named; at 0 no caption is as AIST's, which always name it."""
     usual = scene["colour"] == USUAL[scene["subject"]]
     told = {
         "colour": not usual or rng.random() < 0.4,
         "place": scene["place"] != PLACES[0] or rng.random() < 0.5,
-        "genre": rng.random() < 0.5,
+        "genre": rng.random() < genre,
         "advanced": rng.random() < 0.3,
         "camera": scene["camera"] != "01" or rng.random() < 0.2,
     }
-    if scene["subject"] == "person" and scene["place"] == "studio" and usual and rng.random() < 0.6:
+    like_aist = genre and scene["subject"] == "person" and scene["place"] == "studio" and usual
+    if like_aist and rng.random() < 0.6:
         told = dict.fromkeys(told, True) | {"colour": False}
         text = pick(rng, aist_prompts(aist_name(scene, "BR0", rng)))
     else:
