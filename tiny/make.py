@@ -39,8 +39,8 @@ from tiny.world import FPS, FRAMES, SIZE
 
 # What the finished model prefers to Mochi's defaults, in sampling and in train.py
 SAMPLING = {"size": [SIZE, SIZE], "frames": FRAMES, "solver": "ab2", "steps": 15}
-SAMPLING |= {"cfg": 2.5, "music_cfg": 4.0, "music_above": 0.6}  # of `choose`
-SAMPLING |= {"lora_scale": 0.5}  # at 1, colours run
+SAMPLING |= {"cfg": 2.0, "music_cfg": 4.0, "music_above": 0.6}  # of `choose`
+SAMPLING |= {"lora_scale": 0.75}  # at 1, dogs are less like dogs
 TRAINING = {
     "layers": "all",
     "window": 0,
