@@ -91,8 +91,10 @@ def train(data, **given):
         dit = load_model(options, samples)
         trainer = Trainer(options, dit, samples, held_out, run, workers)
         start = trainer.resume()
-        for step in workers.progress(start, options.steps):
-            trainer.step(step)
+        shown, bar = {}, workers.progress(start, options.steps)
+        for step in bar:
+            shown = in_short(trainer.step(step), shown)
+            bar.set_postfix(shown, refresh=False)
     print(f"{run.adapter}: peak memory {mi.peak_memory(options.device):.2f} GB")
     return run.adapter
 
@@ -376,7 +378,8 @@ class Trainer:
             print(f"going on from step {start}")
 
     def step(self, step):
-        """All processes take the same steps, as --shard needs; the first keeps what comes of it."""
+        """The line of the log. All processes take the same steps, as --shard needs; the first
+        keeps what comes of it."""
         began = time.time()
         losses = self.gradients(step)
         line = {"step": step, "loss": mean(loss for _, loss in losses)}
@@ -391,6 +394,7 @@ class Trainer:
         every = self.options.sample_every
         if every and (step + 1) % every == 0 and self.held_out_clips:
             self.film(self.held_out_clips[0], self.run.path(f"step-{step + 1}.mp4"))
+        return line
 
     def is_due(self, step, every):
         return (step + 1) % every == 0 or step + 1 == self.options.steps
@@ -469,6 +473,18 @@ def by_noise(losses):
         low = min(int(4 * sigma), 3) / 4
         bins.setdefault(f"loss_{low}", []).append(loss)
     return {name: mean(values) for name, values in sorted(bins.items())}
+
+
+def in_short(line, before):
+    """For the progress bar: the loss, smoothed, and the gaps, wrong song less right, last seen."""
+    shown = before | {"loss": line["loss"]}
+    if before:
+        shown["loss"] = 0.95 * before["loss"] + 0.05 * line["loss"]
+    for name, right in line.items():
+        if name.startswith("right_"):
+            sigma = name.removeprefix("right_")
+            shown[f"gap_{sigma}"] = line[f"wrong_{sigma}"] - right
+    return shown
 
 
 def mean(values):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,18 @@ def test_the_log_has_losses_by_noise_and_the_listening_gap(fit, tmp_path):
     assert log[-1]["right_0.75"] != log[-1]["wrong_0.75"]
     for name in ("loss", "grad_norm", "seconds", "memory_gb"):
         assert math.isfinite(log[-1][name])
+
+
+def test_the_progress_bar_shows_the_loss_and_the_gap(fit, capsys):
+    fit(eval_sigmas=(0.6,))
+    shown = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"8/8 .*loss=\d.*gap_0\.6=-?\d", shown), shown
+
+
+def test_the_progress_bar_smooths_the_loss_and_keeps_the_last_gap():
+    first = train.in_short({"loss": 1.0, "right_0.5": 0.25, "wrong_0.5": 1.0}, {})
+    assert first == {"loss": 1.0, "gap_0.5": 0.75}
+    assert train.in_short({"loss": 3.0}, first) == pytest.approx({"loss": 1.1, "gap_0.5": 0.75})
 
 
 def test_losses_by_noise():
