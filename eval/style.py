@@ -57,8 +57,13 @@ def nearest_genre(film, beats):
     follow each other, of the correlation with the most alike of the genre's."""
     bank, common = choreographies()
     found = F.normalize(held_poses(film, np.asarray(beats)) - common, dim=1)
-    likeness = {genre: (found @ poses.T).amax(1).mean().item() for genre, poses in bank.items()}
-    return max(likeness, key=likeness.get)
+    alike = {genre: likeness(found, poses) for genre, poses in bank.items()}
+    return max(alike, key=alike.get)
+
+
+def likeness(poses, others):
+    """The mean over unit features (K, 512) of their products with the most alike of the others."""
+    return (poses @ others.T).amax(1).mean().item()
 
 
 def style(films, beats, genres):
@@ -70,3 +75,25 @@ def style(films, beats, genres):
     nearest = [nearest_genre(film, at) for film, at in zip(films, beats, strict=True)]
     right = [found == genre for found, genre in zip(nearest, genres, strict=True)]
     return float(np.mean(right)), nearest
+
+
+def consistency(films, beats, genres, shuffles=300):
+    """(share, chance, its deviation): how many films are the most like the others to their genre's
+    songs, whatever these dance; the same with the genres shuffled. Arguments: those of style."""
+    poses = [held_poses(film, at) for film, at in zip(films, beats, strict=True)]
+    mirrored = [held_poses(film[:, :, ::-1], at) for film, at in zip(films, beats)]
+    common = torch.cat(poses + mirrored).mean(0)
+    either = [F.normalize(torch.cat(two) - common, dim=1) for two in zip(poses, mirrored)]
+    table = [[likeness(a[: len(a) // 2], b) for b in either] for a in either]
+    table = (np.array(table) + np.transpose(table)) / 2
+    rng = np.random.default_rng(0)
+    chances = [share_alike(table, rng.permutation(genres)) for _ in range(shuffles)]
+    return share_alike(table, np.array(genres)), float(np.mean(chances)), float(np.std(chances))
+
+
+def share_alike(table, genres):
+    """table (n, n): how alike each two films are; genres (n,)."""
+    others = ~np.eye(len(genres), dtype=bool)
+    names = [genre for genre in np.unique(genres) if (genres == genre).sum() > 1]
+    means = [np.average(table, 1, others & (genres == genre)) for genre in names]  # (n,) each
+    return float(np.mean(np.array(names)[np.argmax(means, 0)] == genres))

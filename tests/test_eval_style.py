@@ -25,3 +25,13 @@ def test_style_tells_the_genres_choreographies_apart():
     assert share >= 0.9 and len(nearest) == 20
     assert style.style(films, beats, genres[1:] + genres[:1])[0] <= 0.1  # of another song
     assert style.style([film[:, :, ::-1] for film in films], beats, genres)[0] >= 0.9  # mirrored
+
+
+def test_consistency_asks_for_the_same_dance_whatever_it_is_called():
+    films, beats, genres = ground_truth()
+    share, chance, deviation = style.consistency(films, beats, genres)
+    assert share >= 0.5 and 0 < chance < 0.25 and 0 < deviation < 0.15  # parts of the dances differ
+    other = dict(zip(world.GENRES, [*list(world.GENRES)[1:], "BR"]))
+    assert style.consistency(films, beats, [other[genre] for genre in genres])[0] == share
+    half = genres[:10] + genres[11:] + genres[:1]  # the two of a genre have two names
+    assert style.consistency(films, beats, half)[0] <= 0.2

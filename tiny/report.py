@@ -15,7 +15,7 @@ from eval import films as fl
 from eval.beats import beat_correlation, beat_lag, motion_energy
 from eval.films import Song, Studio, follow, middles
 from eval.quality import features, frechet_distance, gaussian, load_reference
-from eval.style import style
+from eval.style import consistency, style
 from tiny import music, recordings, world
 from tiny.studio import HERE, WORK, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES
@@ -63,7 +63,8 @@ def report(adapter=None, count=32, sounds=None):
         plain = ["a person dancing"] * count
         for kind, prompts in (("people", people), ("a person dancing", plain)):
             print_pulse(filmed(studio, f"{kind}, {name}", prompts[: len(found)], found), found)
-    print_style(studio, songs)
+    print_style("style, ground truth", genres_dances(songs), songs)
+    print_style("style", list(studio.film([PLAIN] * count, songs)), songs)
     print_long(studio, people[:8], songs[:8])
     print(f"Frechet distance of the prior's clips: {to_the_world(of_the_prior()):.3f}")
     if not adapter and count >= 8:
@@ -156,6 +157,16 @@ def ground_truth(subject, songs):
     return films
 
 
+def genres_dances(songs):
+    """The world's own, of one person in the studio to each song."""
+    rng, films = np.random.default_rng(9), []
+    look = {"subject": "person", "count": 1, "place": "studio", "camera": "01"}
+    for song in songs:
+        scene = world.draw_scene(rng, genre=song.genre, **look)
+        films.append(world.render(scene, torch.from_numpy(song.positions(FRAMES))))
+    return films
+
+
 def filmed(studio, name, prompts, songs, speed=1.0, **given):
     films = list(studio.film(prompts, songs, speed=speed, **given))
     line(name, films, songs, speed)
@@ -206,11 +217,16 @@ def print_lag(films, songs, thirds=3):
     print("people, late by", ", ".join(f"{lag:+.2f}" for lag in turned), "beats, by thirds")
 
 
-def print_style(studio, songs, **given):
-    films = studio.film([PLAIN] * len(songs), songs, **given)
-    beats = [song.positions(FRAMES) for song in songs]
-    share = style(films, beats, [song.genre for song in songs])[0]
-    print(f"style: the dance is the music's genre's in {share:.2f} (chance 0.1)", flush=True)
+def print_style(name, films, songs):
+    """Does the music choose the dance: its genre's own, or at least the same for all its songs?"""
+    beats, genres = [song.positions(FRAMES) for song in songs], [song.genre for song in songs]
+    share = style(films, beats, genres)[0]
+    same, chance, deviation = consistency(films, beats, genres)
+    print(
+        f"{name:30} the genre's {share:.2f} (chance 0.10)   as to its genre's others {same:.2f} "
+        f"(chance {chance:.2f} ± {deviation:.2f})",
+        flush=True,
+    )
 
 
 def print_long(studio, prompts, songs, frames=271):
