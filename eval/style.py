@@ -1,6 +1,7 @@
 """Does the music alone choose the dance? On the toy world, whose choreographies are known."""
 
 import functools
+import math
 
 import numpy as np
 import torch
@@ -92,8 +93,10 @@ def consistency(films, beats, genres, shuffles=300):
 
 
 def share_alike(table, genres):
-    """table (n, n): how alike each two films are; genres (n,)."""
+    """table (n, n): how alike each two films are; genres (n,). nan where none comes twice."""
     others = ~np.eye(len(genres), dtype=bool)
     names = [genre for genre in np.unique(genres) if (genres == genre).sum() > 1]
+    if not names:
+        return math.nan
     means = [np.average(table, 1, others & (genres == genre)) for genre in names]  # (n,) each
     return float(np.mean(np.array(names)[np.argmax(means, 0)] == genres))

@@ -35,3 +35,4 @@ def test_consistency_asks_for_the_same_dance_whatever_it_is_called():
     assert style.consistency(films, beats, [other[genre] for genre in genres])[0] == share
     half = genres[:10] + genres[11:] + genres[:1]  # the two of a genre have two names
     assert style.consistency(films, beats, half)[0] <= 0.2
+    assert np.isnan(style.consistency(films[:10], beats[:10], genres[:10])[0])

@@ -223,8 +223,8 @@ def print_style(name, films, songs):
     share = style(films, beats, genres)[0]
     same, chance, deviation = consistency(films, beats, genres)
     print(
-        f"{name:30} the genre's {share:.2f} (chance 0.10)   as to its genre's others {same:.2f} "
-        f"(chance {chance:.2f} ± {deviation:.2f})",
+        f"{name:30} its genre's dance {share:.2f} (chance 0.10)   most like its genre's other "
+        f"videos {same:.2f} (chance {chance:.2f} ± {deviation:.2f})",
         flush=True,
     )
 
