@@ -84,8 +84,10 @@ def consistency(films, beats, genres, shuffles=300):
     poses = [held_poses(film, at) for film, at in zip(films, beats, strict=True)]
     mirrored = [held_poses(film[:, :, ::-1], at) for film, at in zip(films, beats)]
     common = torch.cat(poses + mirrored).mean(0)
-    either = [F.normalize(torch.cat(two) - common, dim=1) for two in zip(poses, mirrored)]
-    table = [[likeness(a[: len(a) // 2], b) for b in either] for a in either]
+    poses = [F.normalize(features - common, dim=1) for features in poses]
+    mirrored = [F.normalize(features - common, dim=1) for features in mirrored]
+    either = [torch.cat(two) for two in zip(poses, mirrored)]  # as choreographies() has both
+    table = [[likeness(one, other) for other in either] for one in poses]
     table = (np.array(table) + np.transpose(table)) / 2
     rng = np.random.default_rng(0)
     chances = [share_alike(table, rng.permutation(genres)) for _ in range(shuffles)]

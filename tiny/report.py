@@ -43,7 +43,8 @@ def report(adapter=None, count=32, sounds=None):
     songs = unseen_songs(count)
     people, dogs = prompts_of("person", count), prompts_of("dog", count)
     for subject in ("person", "dog"):
-        line(f"ground truth, {subject}", ground_truth(subject, songs), songs)
+        looks = [{"subject": subject}] * count
+        line(f"ground truth, {subject}", ground_truth(songs, looks), songs)
     first = filmed(studio, "people", people, songs)
     second = filmed(studio, "dogs", dogs, songs)
     print_lag(first, songs)
@@ -63,7 +64,9 @@ def report(adapter=None, count=32, sounds=None):
         plain = ["a person dancing"] * count
         for kind, prompts in (("people", people), ("a person dancing", plain)):
             print_pulse(filmed(studio, f"{kind}, {name}", prompts[: len(found)], found), found)
-    print_style("style, ground truth", genres_dances(songs), songs)
+    alone = {"subject": "person", "count": 1, "place": "studio"}
+    looks = [alone | {"genre": song.genre} for song in songs]
+    print_style("style, ground truth", ground_truth(songs, looks), songs)
     print_style("style", list(studio.film([PLAIN] * count, songs)), songs)
     print_long(studio, people[:8], songs[:8])
     print(f"Frechet distance of the prior's clips: {to_the_world(of_the_prior()):.3f}")
@@ -148,21 +151,11 @@ def recorded_songs(count, sounds):
 # --------------------------------------------------------------------------------------------------
 
 
-def ground_truth(subject, songs):
-    rng = np.random.default_rng(8)
-    films = []
-    for song in songs:
-        scene = world.draw_scene(rng, subject=subject, camera="01")
-        films.append(world.render(scene, torch.from_numpy(song.positions(FRAMES))))
-    return films
-
-
-def genres_dances(songs):
-    """The world's own, of one person in the studio to each song."""
-    rng, films = np.random.default_rng(9), []
-    look = {"subject": "person", "count": 1, "place": "studio", "camera": "01"}
-    for song in songs:
-        scene = world.draw_scene(rng, genre=song.genre, **look)
+def ground_truth(songs, looks):
+    """The world's own dances to songs, in the studio's camera; looks: what draw_scene is told."""
+    rng, films = np.random.default_rng(8), []
+    for song, look in zip(songs, looks, strict=True):
+        scene = world.draw_scene(rng, camera="01", **look)
         films.append(world.render(scene, torch.from_numpy(song.positions(FRAMES))))
     return films
 
