@@ -351,8 +351,7 @@ def save(result, options, settings, depth):
     path = os.path.join(options.out, "adaptability.json")
     mi.save_json(path, result)
     top = "" if options.top == round(depth / 3) else f" --top {options.top}"
-    advice = f"train.py --layers {path}{top}, or copy it into {options.weights}"
-    print(f"{path}: {advice} as the default there")
+    print(f"{path}: train.py --layers {path}{top}")
     return result
 
 

@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -187,7 +188,8 @@ class Block(nn.Module):
 
 @dataclass
 class Conditions:
-    """What follows from text, music and size alone, made once for all noise levels of a video."""
+    """What follows from text, music and size alone, made once for all noise levels of a video
+    (of a long one anew for each window of a step: all at once would take memory)."""
 
     rope: torch.Tensor  # (N, nh, hd/2, 2)
     frames: torch.Tensor  # (N,), the latent frame of each visual token
@@ -277,10 +279,12 @@ class AdapterOptions:
     """What an adapter is, but for its weights; kept in the metadata of its file."""
 
     layers: list = option(None, "blocks that music follows: 0,3,6, a name, or a ranking's file")
-    rank: int = option(64, "of LoRA; 0: none", low=0)
-    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0)
+    rank: int = option(64, "of LoRA; 0: none", low=0, line="adapter")
+    alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0, line="adapter")
     heads: int = option(8, "of ZICA", low=1)
-    window: int = option(None, "latent frames either side that a frame hears; none: all", low=0)
+    window: int = option(
+        None, "latent frames either side that one hears; none: all, even", low=0, line="adapter"
+    )
     adapter: str = option("zica", "add: features added, no attention", choices=("zica", "add"))
     random_init: bool = option(False, "ZICA's output at random, not zero (the paper's ablation)")
 
@@ -1176,7 +1180,7 @@ def written_whole(path, recipe=None):
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
     begin, ending = os.path.splitext(path)
-    temporary = os.path.join(folder, f".tmp{os.getpid()}-{digest(name)[:12]}{ending[:20]}")
+    temporary = os.path.join(folder, f"{mark(os.getpid())}{digest(name)[:12]}{ending[:20]}")
     try:
         os.makedirs(folder, exist_ok=True)
         clear_temporaries(folder)
@@ -1207,10 +1211,15 @@ def check_writable(folder):
         raise InputError(f"cannot write in {folder}: {error.strerror}") from error
 
 
+def mark(process):
+    """How the temporary names of a process begin; its number means nothing on another machine."""
+    return f".tmp-{digest(socket.gethostname())[:6]}-{process}-"
+
+
 def clear_temporaries(folder):
-    """Remove what processes that are gone left half-written."""
+    """Remove what processes of this machine that are gone left half-written."""
     for name in os.listdir(folder):
-        match = re.match(r"\.tmp(\d+)-", name)
+        match = re.match(mark(r"(\d+)"), name)
         if match and not is_running(int(match[1])):
             path = os.path.join(folder, name)
             with suppress(FileNotFoundError):  # another process clears it too
@@ -2188,8 +2197,7 @@ def save_video(path, video, fps=30, song=None, start=0.0, speed=1.0, recipe=None
 
 def folder_beside(temporary):
     """A folder on the same disk, which goes at the end, or with the next run."""
-    here, name = os.path.split(temporary)
-    return tempfile.TemporaryDirectory(prefix=name.split("-")[0] + "-", dir=here)
+    return tempfile.TemporaryDirectory(prefix=mark(os.getpid()), dir=os.path.dirname(temporary))
 
 
 def write_frames(path, pieces, fps):

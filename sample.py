@@ -29,7 +29,7 @@ class Options(mi.SamplingOptions, mi.RunOptions):
     song: str = option("", "any audio or video file", positional=True, line="song")
     prompt: str = option("", 'such as "a dog dancing"', positional=True)
     whole_song: bool = option(False, "as many frames as the song has, from --start on")
-    window_frames: int = option(None, "more are made in windows; default: as trained")
+    window_frames: int = option(None, "more are made in windows; default: as the weights prefer")
     adapter: str = option(None, "file, or none; default: the weights' own", line="weights")
     lora_scale: float = option(1.0, "how strongly the adapter's LoRA counts", line="weights")
     skip_scale: float = option(1.0, "guidance scale of what --skip's layers add", line="solver")
@@ -185,13 +185,12 @@ def check_width(encoder, features, taker, linear):
 def load(options):
     """The transformer with its adapter, and the decoder."""
     how = options.device, mi.DTYPES[options.dtype]
-    path = os.path.join(options.weights, "{}.safetensors")
-    dit = mi.load_dit(path.format("dit"), *how, options.offload)
+    dit = mi.load_dit(os.path.join(options.weights, "dit.safetensors"), *how, options.offload)
     if options.adapter != "none":
         mi.load_adapter(dit, options.adapter, lora_scale=options.lora_scale)
     if options.compile:
         mi.compile_blocks(dit)
-    return dit, mi.load_decoder(path.format("decoder"), *how)
+    return dit, mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), *how)
 
 
 def video(options, seed, dit, decoder, text, null, audio, writes=True):
@@ -234,9 +233,9 @@ def begin_states(options, writes, first):
 
 def states_of(options, writes):
     """{seed: mi.State}, whose key is all that decides a video, files by their content."""
-    free = "out", "split", "song", "weights", "adapter"
+    free = "out", "split", "offload", "seeds", "song", "weights", "adapter"
     recipe = {name: value for name, value in asdict(options).items() if name not in free}
-    files = [mi.model_digest(path) for path in (options.song, mi.__file__)]
+    files = [mi.model_digest(path) for path in (options.song, mi.__file__, __file__)]
     recipe |= {"model": model_of(options), "files": files, "torch": torch.__version__}
     states = {}
     for seed in options.seeds:
@@ -330,16 +329,27 @@ def read_recipe(path):
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
 
 
+def say_what_changed(recipe, path):
+    """What makes another video of the same options."""
+    with open(recipe, encoding="utf-8") as old, open(f"{path[:-4]}.json", encoding="utf-8") as new:
+        old, new = json.load(old), json.load(new)
+    for name, what in {"model": "other weights or adapter", "torch": "another PyTorch"}.items():
+        if name in old and old[name] != new[name]:
+            print(f"made with {what} than {recipe}")
+
+
 def main():
     parser = mi.parser_for(Options, "A song and a prompt in, a dancing video out.")
     parser.add_argument("--from", dest="recipe", help="the .json beside a video, to make it again")
-    given = vars(parser.parse_args())
+    given = vars(parser.parse_intermixed_args())
     recipe = given.pop("recipe")
     if recipe is not None:
         given = read_recipe(recipe) | given
     if not {"song", "prompt"} <= given.keys():
         parser.error("name a song and a prompt")
-    generate(**given)
+    paths = generate(**given)
+    if recipe is not None and paths[0]:
+        say_what_changed(recipe, paths[0])
 
 
 if __name__ == "__main__":

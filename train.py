@@ -12,6 +12,7 @@ import random
 import re
 import signal
 import time
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 
 if __name__ == "__main__":
@@ -46,7 +47,7 @@ class Options(mi.AdapterOptions, mi.RunOptions):
     warmup: int = mi.option(None, "steps to the peak; default: a twentieth of all", low=0)
     beta: float = mi.option(3.0, "noise begins at Beta(1, beta); 1: uniform", above=0, line="noise")
     half_life: float = mi.option(
-        None, "its steps, half-way to uniform; default: a twentieth", above=0
+        None, "steps, half-way to uniform; default: a twentieth", above=0, line="noise"
     )
     base_prompt_ratio: float = mi.option(0.2, "how often the plain prompt is used", low=0, high=1)
     caption_dropout: float = mi.option(0.1, "how often there is no prompt", low=0, high=1)
@@ -149,7 +150,7 @@ def pick_layers(choice, depth, weights, top=None):
     if isinstance(choice, str):
         choice = numbers_in(choice)
     mi.check_layers(list(choice), depth)
-    return list(choice)
+    return sorted(choice)
 
 
 def numbers_in(text):
@@ -372,7 +373,7 @@ class Trainer:
         hours = len(clips) * frames / fps / 3600
         print(f"data     {len(clips)} clips, {hours:.2f} hours, {songs} songs; ", end="")
         print(f"{len(self.held_out_clips)} clips of test songs held out")
-        print(f"adapter  layers {self.options.layers}, {trained:,} parameters to train; ", end="")
+        print(f"layers   {self.options.layers}, {trained:,} parameters to train; ", end="")
         print(f"about {size:.1f} GB in all")
         if start:
             print(f"going on from step {start}")
@@ -453,10 +454,25 @@ class Trainer:
         null = given["y_feat"], torch.zeros_like(given["y_mask"])
         file = os.path.join(o.weights, "decoder.safetensors")
         decoder = mi.load_decoder(file, o.device, mi.DTYPES[o.dtype])
-        (video,) = mi.noise_to_video(dit, decoder, noise, text, null, given["audio"], how)
+        with lora_scaled(dit, dit.config.sampling.get("lora_scale", 1.0)):
+            (video,) = mi.noise_to_video(dit, decoder, noise, text, null, given["audio"], how)
         fps = dit.config.fps
         if self.workers.first:
             mi.save_video(path, video, fps, clip.video.path, clip.start / fps)
+
+
+@contextmanager
+def lora_scaled(dit, scale):
+    """Within it LoRA counts so many times what it counts in training."""
+    loras = [module for module in dit.modules() if isinstance(module, mi.LoRALinear)]
+    alphas = [lora.alpha for lora in loras]
+    try:
+        for lora in loras:
+            lora.alpha *= scale
+        yield
+    finally:
+        for lora, alpha in zip(loras, alphas, strict=True):
+            lora.alpha = alpha
 
 
 def learning_rate(step, steps, peak, warmup):

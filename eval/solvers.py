@@ -277,7 +277,7 @@ def picture(options, curves):
 
 def main():
     parser = mi.parser_for(Options, "Errors of the solvers over what they cost.")
-    compare(**vars(parser.parse_args()))
+    compare(**vars(parser.parse_intermixed_args()))
 
 
 if __name__ == "__main__":

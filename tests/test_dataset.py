@@ -400,17 +400,12 @@ def test_the_index_notices_a_changed_file(tmp_path):
 def test_what_killed_processes_left_is_cleared(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    touch(
-        tmp_path,
-        f".tmp{gone.pid}-a.safetensors",
-        f".tmp{os.getppid()}-b",
-        "c.safetensors",
-        ".tmp-d",
-    )
-    touch(tmp_path, ".tmp99999999999999999999-e")
+    stale = [mi.mark(gone.pid) + "a.safetensors", mi.mark(10**20) + "b"]
+    live = [mi.mark(os.getppid()) + "c", "d.safetensors", ".tmp-e"]
+    elsewhere = f".tmp-another-{gone.pid}-f"  # another machine's process, which may be at work
+    touch(tmp_path, *stale, *live, elsewhere)
     mi.clear_temporaries(str(tmp_path))
-    left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == sorted([f".tmp{os.getppid()}-b", "c.safetensors", ".tmp-d"])
+    assert {path.name for path in tmp_path.iterdir()} == {*live, elsewhere}
 
 
 def test_what_a_download_brings_beside_a_model_is_no_part_of_it(weights, tmp_path):

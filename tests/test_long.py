@@ -191,8 +191,7 @@ def state_path(weights, song, out, **change):
     given = dict(song=str(song), prompt=PROMPT, weights=str(weights), out=str(out), device="cpu")
     options, dit = mi.begin(sample.Options, "sampling", given | {"frames": 31} | change)
     sample.check(options, dit)
-    (state,) = sample.states_of(options, True).values()
-    return state.path
+    return next(iter(sample.states_of(options, True).values())).path
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
@@ -200,6 +199,16 @@ def test_all_that_decides_a_video_is_in_the_name_of_its_state(weights, song, tmp
     same = state_path(weights, song, tmp_path)
     assert same == state_path(weights, song, tmp_path)
     assert same != state_path(weights, song, tmp_path, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"seeds": (0, 1)}, {"offload": True}, {"split": "none"}], ids=str
+)
+def test_what_changes_nothing_in_a_video_is_not_in_the_name_of_its_state(
+    weights, song, tmp_path, change
+):
+    same = state_path(weights, song, tmp_path)
+    assert same == state_path(weights, song, tmp_path, **change)
 
 
 def test_another_song_of_that_name_has_another_state(weights, song, tmp_path):

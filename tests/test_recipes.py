@@ -172,7 +172,8 @@ def check_motion(trial):
 
 
 def check_stochastic_solver(trial):
-    """Another solver seed is another video of the same noise; the distribution is the right one."""
+    """Another solver seed is another video of the same noise, and a stopped video draws on; the
+    distribution is the right one."""
     videos = [trial.frames(solver="ancestral", solver_seed=seed) for seed in (1, 1, 2)]
     assert (videos[0] == videos[1]).all() and (videos[0] != videos[2]).any()
 
@@ -186,6 +187,16 @@ def check_stochastic_solver(trial):
     assert abs(z.std() - 0.5) < 0.03 and abs((z * noise).mean()) < 0.1
     still = mi.ancestral(velocity, noise, steps, eta=0)
     torch.testing.assert_close(still, mi.euler(velocity, noise, steps))
+
+    in_windows = [trial.frames(solver="ancestral", frames=13, window_frames=7) for _ in range(2)]
+    assert (in_windows[0] == in_windows[1]).all()
+    torch.manual_seed(0)
+    whole, x, past = mi.ancestral(velocity, noise, steps[:9]), noise, []
+    torch.manual_seed(0)
+    for step in steps[:9]:
+        x = mi.ancestral(velocity, x, [step], past)
+        torch.rand(1)  # as if another process went on
+    assert torch.equal(x, whole)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,20 @@ def test_from_a_recipe_the_same_video_is_made_again(made, run, song, tmp_path):
     assert not error and "steps 3" in output  # what is given beside it counts
 
 
+def test_a_recipe_of_other_weights_is_said(made, run, tmp_path):
+    old = next(made[1].glob("*-1.json"))
+    recipe = json.loads(old.read_text())
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(recipe | {"model": "0" * 16}))
+    assert "made with" not in run("--from", old)[1]
+    assert f"made with other weights or adapter than {other}" in run("--from", other)[1]
+
+
+def test_options_may_stand_between_the_song_and_the_prompt(run, song, videos):
+    error, output = run(song, "--steps", 3, PROMPT, "--seed", 1)
+    assert not error and "steps 3" in output and len(videos) == 1
+
+
 def test_the_parts_are_put_together(run, weights, song, videos):
     options = "--cfg 2 --music-cfg 3 --skip 1 --skip-scale 4 --seed 5 --start 1 --negative stage"
     error, output = run(song, PROMPT, *options.split())

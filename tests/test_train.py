@@ -411,7 +411,7 @@ def test_layers_are_numbers_a_name_or_a_ranking(tmp_path):
     ranking = tmp_path / "ranking.json"
     ranking.write_text('{"ranking": [5, 3, 1, 0, 2, 4]}')
     for choice, top, layers in (
-        ("4,0", None, [4, 0]),
+        ("4,0", None, [0, 4]),
         ((1, 2), None, [1, 2]),
         ("all", None, [0, 1, 2, 3, 4, 5]),
         ("middle", None, [2, 3]),
@@ -518,6 +518,25 @@ def test_videos_of_a_held_out_song(fit, tmp_path):
     fit(steps=2, sample_every=1)
     for name in ("step-1.mp4", "step-2.mp4"):
         assert mi.count_frames(tmp_path / "run" / name) == 7
+
+
+def test_progress_is_filmed_with_the_lora_scale_that_sampling_prefers(fit, tmp_path, monkeypatch):
+    load_dit, noise_to_video, seen = mi.load_dit, mi.noise_to_video, []
+
+    def load(*arguments):
+        dit = load_dit(*arguments)
+        dit.config.sampling["lora_scale"] = 0.75
+        return dit
+
+    def film(dit, *arguments):
+        seen.extend(m.alpha for m in dit.modules() if isinstance(m, mi.LoRALinear))
+        return noise_to_video(dit, *arguments)
+
+    monkeypatch.setattr(mi, "load_dit", load)
+    monkeypatch.setattr(mi, "noise_to_video", film)
+    adapter = fit(steps=1, sample_every=1, rank=2, alpha=4.0)
+    assert set(seen) == {3.0}
+    assert json.loads(mi.read_safetensors(adapter)[1]["musicinfuser"])["alpha"] == 4
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(fit, tmp_path, monkeypatch):
