@@ -1411,13 +1411,14 @@ def file_digest(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def model_digest(path):
-    """Of a file's size and of 64 MiB spread over it: all of a small one, a second for 40 GB."""
-    size = os.path.getsize(path)
+def model_digest(path, begin=0):
+    """Of a file's size from byte `begin` on, and of 64 MiB spread over it: all of a small one, a
+    second for 40 GB."""
+    size = os.path.getsize(path) - begin
     found = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         for i in range(64):
-            file.seek(i * size // 64)
+            file.seek(begin + i * size // 64)
             found.update(file.read(1 << 20))
     return found.hexdigest()
 

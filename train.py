@@ -258,9 +258,12 @@ def identity(data, options, samples, workers):
 
 
 def content(path):
-    if not os.path.isfile(path):
-        raise mi.InputError(f"no such file: {path}")
-    return mi.model_digest(path)[:16]
+    """A digest of a model, but for what it prefers in sampling and training: the options have it.
+    Raises InputError."""
+    header, metadata, begin = mi.read_header(path)
+    config = json.loads(metadata.pop("config", "{}"))
+    config = {name: config[name] for name in config if name not in ("sampling", "training")}
+    return mi.digest([header, metadata, config, mi.model_digest(path, begin)])[:16]
 
 
 def preprocess(data, folder, options, config):

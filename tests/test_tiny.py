@@ -314,8 +314,8 @@ def test_data_is_what_training_finds(tmp_path, monkeypatch):
     )
     make.make_data(make.parse(["data", str(tmp_path), "--videos", "4", "--sounds", str(tmp_path)]))
     aist = find_videos(tmp_path / "aist", split="test")
-    wild = find_videos(tmp_path / "aist", tmp_path / "wild")
-    assert len(aist) == 2 and [video.kind for video in wild] == ["wild", "wild"]
+    training = find_videos(tmp_path / "aist", tmp_path / "wild")
+    assert len(aist) == 1 and [video.kind for video in training] == ["aist", "wild", "wild"]
     frames = list(mi.read_frames(aist[0].path, world.SIZE, world.SIZE, crop=aist[0].crop))
     assert len(frames) >= world.FRAMES
     with pytest.raises(mi.InputError, match="has 4 videos; name another folder"):
@@ -331,6 +331,40 @@ def test_nobody_in_training_dances_to_a_song_that_is_held_out():
     assert {name for name, _, _ in held_out} == set(make.TEST_SONGS) and len(others) > 200
     assert not {song[1:] for song in held_out} & {song[1:] for song in others}
     assert len({name for name, _, _ in others}) == len(others)  # a file each
+
+
+def test_what_is_held_out_plays_no_recording_that_others_dance_to():
+    songs = object.__new__(make.Songs)
+    songs.seconds, songs.instruments = 1.0, None
+    songs.recordings = [listen.Piece(np.ones(music.RATE, np.float16), np.arange(3.0), -1, "")]
+    assert (songs.make("JS", 3)[0] == songs.make("JS", 7)[0]).all()
+    samples, beats = songs.make("JS", 3 + make.UNHEARD)
+    assert samples.std() > 0.01 and len(beats) > 3
+
+
+def test_few_videos_are_not_all_held_out():
+    names = [make.draw_aist(np.random.default_rng(i), i, 6)[2][0] for i in range(6)]
+    assert sum(name in make.TEST_SONGS for name in names[:3]) == 3
+    assert not set(names[3:]) & set(make.TEST_SONGS)
+
+
+def test_a_stage_does_not_go_on_with_other_steps_or_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(fit, "WORK", str(tmp_path))
+    file = tmp_path / "of"
+    file.write_text("one")
+
+    def trained(steps=2, size=20):
+        w, b = (torch.nn.Parameter(torch.ones(shape)) for shape in ((size, size), (2,)))
+        loss = lambda step: (w.sum() + b.sum(), {})  # noqa: E731
+        return fit.fit("text", {"w": w, "b": b}, loss, steps, 0.1, [file])
+
+    assert trained() and not trained()
+    for change in ({"steps": 3}, {"size": 21}):
+        with pytest.raises(mi.InputError, match="other steps, sizes or files"):
+            trained(**change)
+    file.write_text("two")
+    with pytest.raises(mi.InputError, match="remove it to begin anew"):
+        trained()
 
 
 def test_a_stage_trained_anew_forgets_what_went_on_from_it(tmp_path, monkeypatch, capsys):

@@ -15,13 +15,15 @@ from tiny.studio import DTYPE, WORK
 NEXT = {"prior": "further", "audio": "hear"}  # the stage that goes on from what one makes
 
 
-def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
+def fit(name, parameters, loss, steps, lr, made_of=(), warmup=50, save_every=60):
     """Train `parameters`, {name: tensor}, in place; they end as the moving average of the weights.
 
     loss(step) -> (loss, {name: number to show}): its randomness must follow from the step alone,
     so that a run that was stopped goes on as if it had not been. The rate falls with a cosine.
-    Saved every `save_every` seconds."""
-    run = Fit(name, parameters)
+    made_of: files that the loss stands on; with others a run that was stopped does not go on.
+    Saved every `save_every` seconds. Returns whether any step was left to take. Raises InputError.
+    """
+    run = Fit(name, parameters, [steps, lr, [mi.file_digest(path) for path in made_of]])
     start, saved, shown = run.resume(), time.time(), {}
     if start == steps:
         print(f"{name}: all steps were taken before; without {run.path} it is trained anew")
@@ -35,22 +37,25 @@ def fit(name, parameters, loss, steps, lr, warmup=50, save_every=60):
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
         run.update(step, lr * min((step + 1) / warmup, cosine))
         for key, number in numbers.items():
-            shown[key] = 0.95 * shown.get(key, float(number)) + 0.05 * float(number)
+            if not math.isnan(number):
+                shown[key] = 0.95 * shown.get(key, float(number)) + 0.05 * float(number)
         text = " ".join(f"{key} {value:.4g}" for key, value in shown.items())
         bar.set_postfix_str(text, refresh=False)
         if time.time() - saved > save_every or step == steps - 1:
             run.save(step + 1)
             saved = time.time()
     run.put(run.average)
+    return start < steps
 
 
 class Fit:
     """Muon for the matrices, AdamW for the rest, on float32 copies of the parameters, so that
     bfloat16 ones lose nothing; and the moving average of the copies."""
 
-    def __init__(self, name, parameters, decay=0.998):
+    def __init__(self, name, parameters, made_by, decay=0.998):
         self.path = path_of(name)
         self.parameters, self.decay = parameters, decay
+        self.key = mi.digest([made_by, {key: p.shape for key, p in parameters.items()}])
         self.masters = {}
         for key, p in parameters.items():
             flat = p.detach().float().flatten(1 if p.ndim > 1 else 0)
@@ -89,13 +94,16 @@ class Fit:
             state[f"average.{key}"] = self.average[key]
             moments = self.optimiser_of(master).state.get(master, {})
             state |= {f"{name}.{key}": moment for name, moment in moments.items() if name != "step"}
-        mi.save_safetensors(self.path, state, {"step": str(step)})
+        mi.save_safetensors(self.path, state, {"step": str(step), "key": self.key})
 
     def resume(self):
-        """The step to go on from."""
+        """The step to go on from. Raises InputError for the state of another run."""
         if not os.path.exists(self.path):
             return 0
         tensors, metadata = mi.read_safetensors(self.path)
+        if metadata.get("key") != self.key:
+            other = "a run of other steps, sizes or files that it stands on"
+            raise mi.InputError(f"{self.path} is of {other}; remove it to begin anew")
         step = int(metadata["step"])
         for key, master in self.masters.items():
             master.data.copy_(tensors[f"master.{key}"])

@@ -7,7 +7,7 @@ First on the world's own songs alone (`teach`), then on sampled instruments and 
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,8 +34,10 @@ def teach(steps=700, seed=3):
     """audio_encoder/, on the world's own songs alone."""
     torch.manual_seed(seed)
     wav2vec, head = fresh_wav2vec(), fresh_head()
-    learn("audio", wav2vec, head, [synthesised_pieces(500, seed)], (1,), steps, 1.5e-3, seed)
-    print_accuracy("the world's songs", wav2vec, head, synthesised_pieces(64, seed + 1000), seed)
+    kinds = lambda: [synthesised_pieces(500, seed)]  # noqa: E731
+    if learn("audio", wav2vec, head, kinds, (1,), steps, 1.5e-3, seed):
+        unseen = synthesised_pieces(64, seed + 1000)
+        print_accuracy("the world's songs", wav2vec, head, unseen, seed)
 
 
 def hear_more(sounds, steps=6000, seed=13):
@@ -43,25 +45,27 @@ def hear_more(sounds, steps=6000, seed=13):
 
     sounds: the folder with sound fonts, drum kits and games.
     """
-    check_sounds(sounds)
     torch.manual_seed(seed)
     folder = in_folder("audio_encoder")
     wav2vec = mi.load_pretrained_model("Wav2Vec2Model", folder, "cpu").requires_grad_()
-    head, kinds = fresh_head(), training_pieces(sounds, seed)
-    learn("hear", wav2vec, head, kinds, SHARES, steps, 1e-3, seed)
-    for name, pieces in unseen_pieces(sounds, seed).items():
-        print_accuracy(name, wav2vec, head, pieces, seed)
+    head, kinds = fresh_head(), partial(training_pieces, sounds, seed)
+    if learn("hear", wav2vec, head, kinds, SHARES, steps, 1e-3, seed):
+        for name, pieces in unseen_pieces(sounds, seed).items():
+            print_accuracy(name, wav2vec, head, pieces, seed)
 
 
 def learn(name, wav2vec, head, kinds, shares, steps, lr, seed, batch=24):
-    """Train both on crops of these kinds of pieces, by their shares, and keep the encoder."""
+    """Train both on crops of kinds() of pieces, by their shares, and keep the encoder. Returns
+    whether any step was left to take: if not, no piece is made."""
+    kinds = cache(kinds)
 
     def loss(step):
         rng = np.random.default_rng((seed, step))
-        return beat_loss(wav2vec, head, draw_crops(kinds, shares, *crop_sizes(step, batch), rng))
+        return beat_loss(wav2vec, head, draw_crops(kinds(), shares, *crop_sizes(step, batch), rng))
 
-    fit(name, named(wav2vec=wav2vec, head=head), loss, steps, lr)
+    more = fit(name, named(wav2vec=wav2vec, head=head), loss, steps, lr)
     save(wav2vec, in_folder("audio_encoder"))
+    return more
 
 
 def check_sounds(folder):

@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from string import ascii_uppercase
 
 if __name__ == "__main__":
@@ -71,19 +72,19 @@ def make_vae(options, steps=3000, seed=1):
     """Most of it on quarters of the pictures, which are faster, then on whole ones and longer."""
     torch.manual_seed(seed)
     encoder, decoder = fresh_vae()
-    clips, unseen = silent_clips(1600, seed), silent_clips(16, seed + 1000)
+    clips = cache(partial(silent_clips, 1600, seed))  # when the first step wants them
 
     def loss(step):
         rng, generator = generators(seed, step)
         early = step < 0.75 * steps
         frames, batch, side = (13, 6, SIZE // 2) if early else (25, 3, SIZE)
-        video = crops(clips, frames, batch, side, rng)
+        video = crops(clips(), frames, batch, side, rng)
         return vae_loss(encoder, decoder, video, min(1, 2 * step / steps), generator)
 
     fit("vae", named(encoder=encoder, decoder=decoder), loss, steps, 4e-3)
     for name, module in (("encoder", encoder), ("decoder", decoder)):
         mi.save_safetensors(in_folder(f"{name}.safetensors"), mi.shrunk(module.state_dict()))
-    print(f"VAE: PSNR {psnr(unseen):.2f} dB on 16 unseen clips")
+    print(f"VAE: PSNR {psnr(silent_clips(16, seed + 1000)):.2f} dB on 16 unseen clips")
 
 
 def fresh_vae():
@@ -303,8 +304,9 @@ def fit_prior(name, dit, steps, lr, seed, sizes):
         return losses.mean(), {f"loss{T}": losses.mean().item()}
 
     parameters = {key: p for key, p in dit.named_parameters() if p.requires_grad}
+    made_of = in_folder("encoder.safetensors"), in_folder("text_encoder/model.safetensors")
     with fastest(dit):
-        fit(name, parameters, loss, steps, lr, warmup=100)
+        fit(name, parameters, loss, steps, lr, made_of, warmup=100)
         found = ", ".join(f"{unseen_loss(dit, captions, T):.3f} of {T}" for T in (4, 13))
     mi.save_dit(dit, in_folder("dit.safetensors"))
     print(f"{name}: loss {found} latent frames of {UNSEEN[0]} unseen clips")
@@ -355,7 +357,8 @@ def moments(z):
 def latents_of(count, frames, seed, part=1000):
     """Latents (count, 12, T, 8, 8), VAE space, of silent clips, and their scenes; kept in work/,
     in parts."""
-    made_by = mi.digest([count, seed, mi.file_digest(in_folder("encoder.safetensors"))])[:12]
+    files = in_folder("encoder.safetensors"), world.__file__
+    made_by = mi.digest([count, seed, *map(mi.file_digest, files)])[:12]
     latents, scenes = [], []
     for first in range(0, count, part):
         clips = range(first, min(first + part, count))
@@ -478,7 +481,7 @@ def draw_aist(rng, i, count):
     are two of each song that AIST's split holds out, to which nobody else dances."""
     scene = world.draw_scene(rng, subject="person", place="studio")
     number = int(rng.integers(SONGS))
-    if i < min(2 * len(TEST_SONGS), count):
+    if i < min(2 * len(TEST_SONGS), count // 2):
         name = TEST_SONGS[i // 2]
         scene["genre"], number = name[1:3], int(name[3:])
     path = os.path.join("aist", world.aist_name(scene, f"{scene['genre']}{number}", rng))
@@ -539,7 +542,7 @@ class Songs:
         """(samples, beats in seconds)"""
         seed = 10_000 * (list(world.GENRES).index(genre) + 1) + number
         rng, maker = np.random.default_rng(seed), number % 4
-        if maker == 3 and self.recordings:
+        if maker == 3 and self.recordings and number < UNHEARD:  # others dance to each recording
             piece = self.recordings[rng.integers(len(self.recordings))]
             samples = piece.samples[: int(self.seconds * music.RATE)]
             return music.level(samples.astype(np.float32)), piece.beats
@@ -645,8 +648,8 @@ def parse(arguments=None):
         default="/usr/share",
         help="where fluidsynth's and Debian's sounds are (default /usr/share)",
     )
-    add("--adapter", help="of report: another adapter's file")
-    add("--songs", type=int, default=32, help="of report: of how many songs (default 32)")
+    add("--adapter", help="of report and choose: another adapter's file")
+    add("--songs", type=int, default=32, help="of report and choose: how many (default 32)")
     add("--prompts", nargs="+", help="of report: only these, such as 'a person dancing in a park'")
     options = parser.parse_args(arguments)
     options.folder = "toy"
@@ -667,7 +670,10 @@ def parse(arguments=None):
 def main():
     options = parse()
     print(f"device   cpu, dtype {DTYPE_NAME} in training, float32 in filming", flush=True)
-    for stage in options.stages or [stage for stage in STAGES if stage not in EXTRA]:
+    stages = options.stages or [stage for stage in STAGES if stage not in EXTRA]
+    if "hear" in stages:
+        listen.check_sounds(options.sounds)
+    for stage in stages:
         STAGES[stage][0](options)
 
 
