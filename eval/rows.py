@@ -48,7 +48,7 @@ ROWS = {
     UNTAUGHT: {},
 }
 GROUPS = {  # names for several rows
-    "sets": ["ours", *(row for row, options in ROWS.items() if "layers" in options)],
+    "sets": ["ours", *(row for row in ROWS if "layers" in ROWS[row] and row != OMNIDANCE)],
     "main": [
         "ours",
         PRIOR,

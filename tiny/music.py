@@ -2,8 +2,8 @@
 instruments.
 
 A song is a row of notes, counted in sixteenths from its first beat. The sampled instruments are
-fluidsynth's, with the sound fonts and drum kits that Debian packages; only the training of the
-audio encoder needs them."""
+fluidsynth's, with the sound fonts and drum kits that Debian packages; the training of the audio
+encoder needs them, the toy AIST set and the report do with what there is."""
 
 import glob
 import os
