@@ -1218,8 +1218,9 @@ def mark(process):
 
 def clear_temporaries(folder):
     """Remove what processes of this machine that are gone left half-written."""
+    pattern = re.compile(mark(r"(\d+)"))
     for name in os.listdir(folder):
-        match = re.match(mark(r"(\d+)"), name)
+        match = pattern.match(name)
         if match and not is_running(int(match[1])):
             path = os.path.join(folder, name)
             with suppress(FileNotFoundError):  # another process clears it too

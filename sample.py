@@ -233,7 +233,7 @@ def begin_states(options, writes, first):
 
 def states_of(options, writes):
     """{seed: mi.State}, whose key is all that decides a video, files by their content."""
-    free = "out", "split", "offload", "seeds", "song", "weights", "adapter"
+    free = "out", "split", "offload", "song", "weights", "adapter"
     recipe = {name: value for name, value in asdict(options).items() if name not in free}
     files = [mi.model_digest(path) for path in (options.song, mi.__file__, __file__)]
     recipe |= {"model": model_of(options), "files": files, "torch": torch.__version__}
@@ -318,38 +318,48 @@ def slug(text, length=60):
 
 def read_recipe(path):
     """The options of the .json beside a video, which make it again. Raises InputError."""
+    return options_of(load_recipe(path))
+
+
+def options_of(recipe):
+    names = {field.name for field in fields(Options)} - {"out", "split"}
+    return {name: recipe[name] for name in names & set(recipe)}
+
+
+def load_recipe(path):
+    """All that is in the .json beside a video. Raises InputError."""
     try:
         with open(path, encoding="utf-8") as file:
             recipe = json.load(file)
         if "frames" in recipe:  # older ones were made all at once, and the music guided to the end
             recipe = {"window_frames": recipe["frames"], "music_above": 0.0} | recipe
-        names = {field.name for field in fields(Options)} - {"out", "split"}
-        return {name: recipe[name] for name in names & set(recipe)} | {"seeds": [recipe["seed"]]}
+        return recipe | {"seeds": [recipe["seed"]]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise mi.InputError(f"{path} is not the recipe of a video ({error})") from error
 
 
-def say_what_changed(recipe, path):
-    """What makes another video of the same options."""
-    with open(recipe, encoding="utf-8") as old, open(f"{path[:-4]}.json", encoding="utf-8") as new:
-        old, new = json.load(old), json.load(new)
-    for name, what in {"model": "other weights or adapter", "torch": "another PyTorch"}.items():
+def say_what_changed(old, path):
+    """What may make another video of the same options."""
+    with open(f"{path[:-4]}.json", encoding="utf-8") as file:
+        new = json.load(file)
+    for name, what in {"model": "files of weights or adapter", "torch": "PyTorch"}.items():
         if name in old and old[name] != new[name]:
-            print(f"made with {what} than {recipe}")
+            print(f"made with other {what} than the recipe's")
 
 
 def main():
     parser = mi.parser_for(Options, "A song and a prompt in, a dancing video out.")
     parser.add_argument("--from", dest="recipe", help="the .json beside a video, to make it again")
     given = vars(parser.parse_intermixed_args())
-    recipe = given.pop("recipe")
-    if recipe is not None:
-        given = read_recipe(recipe) | given
+    path, recipe = given.pop("recipe"), {}
+    if path is not None:
+        recipe = load_recipe(path)
+        given = options_of(recipe) | given
     if not {"song", "prompt"} <= given.keys():
         parser.error("name a song and a prompt")
     paths = generate(**given)
-    if recipe is not None and paths[0]:
-        say_what_changed(recipe, paths[0])
+    for path in filter(None, paths if recipe else ()):  # not every process writes one
+        say_what_changed(recipe, path)
 
 
 if __name__ == "__main__":

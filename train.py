@@ -23,6 +23,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import musicinfuser as mi
+import sample
 from dataset.aist import PLAIN, find_videos
 from dataset.batches import Samples
 from dataset.clips import Preprocessor
@@ -84,6 +85,7 @@ def train(data, **given):
     if options.init:
         check_init(options, outline)
     if options.sample_every:
+        mi.settle(sample.Options, outline.config.sampling, {})
         mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     defaults = asdict(mi.settle(Options, outline.config.training, {})) | {"processes": 1}
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
@@ -449,7 +451,7 @@ class Trainer:
     def film(self, clip, path):
         """A video of the plain prompt, to a held-out clip's music."""
         dit, o = self.dit, self.options
-        how = mi.settle(mi.SamplingOptions, dit.config.sampling, {})
+        how = mi.settle(sample.Options, dit.config.sampling, {})
         noise = mi.noise_for(0, dit.config, how.frames, how.size).to(o.device)
         given = self.samples.conditions(clip, PLAIN)
         given = {name: tensor[None].to(o.device) for name, tensor in given.items()}
@@ -457,7 +459,7 @@ class Trainer:
         null = given["y_feat"], torch.zeros_like(given["y_mask"])
         file = os.path.join(o.weights, "decoder.safetensors")
         decoder = mi.load_decoder(file, o.device, mi.DTYPES[o.dtype])
-        with lora_scaled(dit, dit.config.sampling.get("lora_scale", 1.0)):
+        with lora_scaled(dit, how.lora_scale):
             (video,) = mi.noise_to_video(dit, decoder, noise, text, null, given["audio"], how)
         fps = dit.config.fps
         if self.workers.first:

@@ -69,6 +69,12 @@ class Options(mi.RunOptions):
     table: bool = option(False, "of all that is finished in --out; train nothing")
 
 
+def content(path):
+    """A digest of a model with all that it prefers, which decides the films. Raises InputError."""
+    mi.read_header(path)
+    return mi.model_digest(path)[:16]
+
+
 class Cell:
     """What is to be trained. Raises InputError where the row cannot be, as without a ranking."""
 
@@ -90,7 +96,7 @@ class Cell:
         self.options.save_every = 50
         self.data = os.path.join(o.data, "aist")
         files = "dit.safetensors", os.path.join("audio_encoder", "model.safetensors")
-        self.model = [train.content(os.path.join(o.weights, name)) for name in files]
+        self.model = [content(os.path.join(o.weights, name)) for name in files]
 
     def identity(self):
         """What decides its figures; two rows with one identity are the same adapter."""
@@ -457,7 +463,7 @@ def check(o):
     if o.films == 1:
         raise mi.InputError("--films takes 2 or more: the songs of others are the control")
     if o.films and not o.table:
-        train.content(os.path.join(o.weights, quality.REFERENCE))
+        mi.read_header(os.path.join(o.weights, quality.REFERENCE))
     folders = [os.path.join(o.data, name) for name in ("aist", "wild")]
     if not o.table and not all(map(os.path.isdir, folders)):
         advice = f"make them: python -m tiny.make data {o.data}"

@@ -191,7 +191,8 @@ def state_path(weights, song, out, **change):
     given = dict(song=str(song), prompt=PROMPT, weights=str(weights), out=str(out), device="cpu")
     options, dit = mi.begin(sample.Options, "sampling", given | {"frames": 31} | change)
     sample.check(options, dit)
-    return next(iter(sample.states_of(options, True).values())).path
+    (state,) = sample.states_of(options, True).values()
+    return state.path
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
@@ -201,9 +202,7 @@ def test_all_that_decides_a_video_is_in_the_name_of_its_state(weights, song, tmp
     assert same != state_path(weights, song, tmp_path, **change)
 
 
-@pytest.mark.parametrize(
-    "change", [{"seeds": (0, 1)}, {"offload": True}, {"split": "none"}], ids=str
-)
+@pytest.mark.parametrize("change", [{"offload": True}, {"split": "none"}], ids=str)
 def test_what_changes_nothing_in_a_video_is_not_in_the_name_of_its_state(
     weights, song, tmp_path, change
 ):

@@ -132,7 +132,7 @@ def test_a_recipe_of_other_weights_is_said(made, run, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(json.dumps(recipe | {"model": "0" * 16}))
     assert "made with" not in run("--from", old)[1]
-    assert f"made with other weights or adapter than {other}" in run("--from", other)[1]
+    assert "made with other files of weights or adapter" in run("--from", other)[1]
 
 
 def test_options_may_stand_between_the_song_and_the_prompt(run, song, videos):

@@ -102,8 +102,8 @@ class Fit:
             return 0
         tensors, metadata = mi.read_safetensors(self.path)
         if metadata.get("key") != self.key:
-            other = "a run of other steps, sizes or files that it stands on"
-            raise mi.InputError(f"{self.path} is of {other}; remove it to begin anew")
+            other = "of a run of other steps, sizes or files that it stands on, or of older code"
+            raise mi.InputError(f"{self.path} is {other}; remove it to begin anew")
         step = int(metadata["step"])
         for key, master in self.masters.items():
             master.data.copy_(tensors[f"master.{key}"])

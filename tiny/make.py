@@ -304,7 +304,8 @@ def fit_prior(name, dit, steps, lr, seed, sizes):
         return losses.mean(), {f"loss{T}": losses.mean().item()}
 
     parameters = {key: p for key, p in dit.named_parameters() if p.requires_grad}
-    made_of = in_folder("encoder.safetensors"), in_folder("text_encoder/model.safetensors")
+    made_of = [in_folder("encoder.safetensors"), in_folder("text_encoder/model.safetensors")]
+    made_of.append(world.__file__)
     with fastest(dit):
         fit(name, parameters, loss, steps, lr, made_of, warmup=100)
         found = ", ".join(f"{unseen_loss(dit, captions, T):.3f} of {T}" for T in (4, 13))
