@@ -1168,6 +1168,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message says what is wrong and what to do."""
 
 
+class SoundEnds(InputError):
+    """The file's sound is over at that place."""
+
+
 RENAMED = []  # files that get their names now: a stop waits until what belongs together is there
 
 
@@ -1216,6 +1220,7 @@ def mark(process):
     return f".tmp-{digest(socket.gethostname())[:6]}-{process}-"
 
 
+@functools.cache  # once a process: a cache has many files
 def clear_temporaries(folder):
     """Remove what processes of this machine that are gone left half-written."""
     pattern = re.compile(mark(r"(\d+)"))
@@ -1970,18 +1975,22 @@ def safetensors_in(folder):
     return [os.path.join(folder, name) for name in names if not name.startswith(".tmp")]
 
 
-@torch.no_grad()
 def encode_text(weights, prompts, device="cpu"):
     """[(y_feat (1, L, D_text) float32, y_mask (1, L) bool)] of the prompts, by text_encoder/.
 
     float32 on any device, as the official code; see text_device. At most 256 tokens, with a
     warning where the rest is cut. An empty prompt has no valid token.
     """
+    return list(encoded_texts(weights, prompts, device))
+
+
+@torch.no_grad()
+def encoded_texts(weights, prompts, device="cpu"):
+    """encode_text, one prompt after another."""
     tokenizer = from_pretrained("AutoTokenizer", os.path.join(weights, "tokenizer"))
     t5 = load_text_encoder(os.path.join(weights, "text_encoder"), device)
     if len(tokenizer) > t5.config.vocab_size:
         raise InputError(f"{weights}/tokenizer has more tokens than {weights}/text_encoder knows")
-    features = []
     for prompt in prompts:
         prompt = prompt.encode(errors="replace").decode()  # half a character, as of bad bytes
         ids = tokenizer(prompt).input_ids if prompt.strip() else [0]
@@ -1991,8 +2000,7 @@ def encode_text(weights, prompts, device="cpu"):
             ids = ids[: TEXT_TOKENS - 1] + ids[-1:]  # the last one ends the sentence
         ids = torch.tensor([ids], device=device)
         mask = torch.full_like(ids, bool(prompt.strip()), dtype=torch.bool)
-        features.append((t5(ids).last_hidden_state.float(), mask))
-    return features
+        yield t5(ids).last_hidden_state.float(), mask
 
 
 def text_device(weights, device):
@@ -2091,7 +2099,7 @@ def decode_audio(path, start=0.0, seconds=None):
     samples = np.frombuffer(wav, "<f4", offset=wav.index(b"data") + 8)  # after the stream's header
     sound = torch.from_numpy(samples.reshape(-1, channels).T.copy())
     if not sound.numel():
-        raise InputError(f"{path} has no sound at {start:g} s; choose an earlier start")
+        raise SoundEnds(f"{path} has no sound at {start:g} s; choose an earlier start")
     if not 1000 <= rate <= 1_000_000:
         raise InputError(f"{path} has sound at {rate} Hz; convert it, or use another")
     if not sound.isfinite().all():

@@ -38,7 +38,7 @@ class Options(mi.AdapterOptions, mi.RunOptions):
     top: int = mi.option(None, "how many layers of a ranking or a name; default: a third", low=1)
     wild: str = mi.option(None, "folder of other dance videos, a caption in a .txt beside each")
     wild_ratio: float = mi.option(1.0, "of them for each of --data's", low=0)
-    min_size: tuple = mi.option(None, "HEIGHT WIDTH a video needs; default: the clips'", parse=int)
+    min_size: tuple = mi.option(None, "HEIGHT WIDTH a video needs; default: none grows", parse=int)
     out: str = mi.option("runs/musicinfuser", "run folder; the same command goes on in it")
     init: str = mi.option(None, "adapter to begin from; default: a fresh one")
     steps: int = mi.option(4000, "of the optimiser", low=1, line="training")

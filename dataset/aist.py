@@ -102,18 +102,27 @@ def prompts(name):
 
 
 def find_videos(data, wild=None, split="train"):
-    """[Video]: AIST's below `data` in that split and, to train on, all below `wild`.
+    """[Video]: AIST's below `data` in that split and, to train on, all others below `wild`, but for
+    those of AIST's held-out songs.
 
     Raises musicinfuser.InputError for a folder that is not there.
     """
-    videos = []
-    for path in list_videos(data):
+    videos, own = [], list_videos(data)
+    for path in own:
         match = NAME.search(os.path.basename(path))
         if match and in_split(match, split):
             videos.append(Video(path, "aist", "m" + match[5], prompts(match[0])))
     if wild and split == "train":
-        videos += [Video(path, "wild", path, (caption(path),)) for path in list_videos(wild)]
+        own = set(map(os.path.realpath, own))
+        for path in list_videos(wild):
+            if os.path.realpath(path) not in own and not is_held_out(path):
+                videos.append(Video(path, "wild", path, (caption(path),)))
     return videos
+
+
+def is_held_out(path):
+    match = NAME.search(os.path.basename(path))
+    return bool(match) and "m" + match[5] in TEST_SONGS
 
 
 def in_split(match, split):

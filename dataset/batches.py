@@ -1,5 +1,6 @@
 """Clips as batches: the kinds mixed, a prompt drawn, noise added."""
 
+import functools
 import random
 from dataclasses import dataclass, replace
 
@@ -74,9 +75,7 @@ class Samples:
 
     def choose_number(self, n, count):
         """A clip comes at most once in as many samples as there are clips of its kind."""
-        order = list(range(count))
-        random.Random(f"{self.options.seed} epoch {n // count}").shuffle(order)
-        return order[n % count]
+        return shuffled(count, f"{self.options.seed} epoch {n // count}")[n % count]
 
     def choose_prompt(self, video, rng):
         if rng.random() < self.options.base_prompt_ratio:
@@ -124,6 +123,13 @@ class Samples:
         z = self.cache.read(clip.latents)["mean"]
         eps = torch.randn(z.shape, generator=generator)
         return Batch(z, torch.tensor(0.0), eps, self.conditions(clip, PLAIN), clip.name)
+
+
+@functools.lru_cache(maxsize=4)  # two kinds of clips, where one epoch turns into the next
+def shuffled(count, seed):
+    order = list(range(count))
+    random.Random(seed).shuffle(order)
+    return order
 
 
 def take_turns(groups, count):

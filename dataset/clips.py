@@ -19,7 +19,6 @@ from dataset.cache import Cache, CannotGoOn, needed_by_all
 
 CROPS_PER_MINUTE = 5
 EDGE = 0.05  # of a video, left out at both ends
-TEXTS_AT_ONCE = 500  # kept before the next: a gigabyte of Mochi's
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Clip:
 class Preprocessor:
     """Makes clips of `frames` frames at `fps`, of size (height, width), and keeps them in `folder`.
 
-    min_size: (height, width) below which a video is not used, the clips' own by default.
+    min_size: (height, width) below which a video is not used; by default it is enlarged nowhere.
     """
 
     def __init__(
@@ -46,7 +45,7 @@ class Preprocessor:
         self.cache, self.weights = Cache(folder), weights
         self.size, self.frames, self.fps = tuple(size), frames, fps
         self.device, self.dtype = device, dtype
-        self.min_size = min_size or self.size
+        self.min_size = min_size
 
     # What made an entry stands in its name
 
@@ -61,7 +60,8 @@ class Preprocessor:
     def music_made_by(self):
         with needed_by_all():
             encoder = self.cache.digest_of_model(os.path.join(self.weights, "audio_encoder"))
-        return [encoder, version_of(mi.AudioEncoder), self.frames, self.fps]
+        seconds = mi.audio_seconds(self.frames, self.fps)
+        return [encoder, version_of(mi.AudioEncoder), self.frames, self.fps, seconds]
 
     @cached_property
     def text_made_by(self):
@@ -91,7 +91,7 @@ class Preprocessor:
             except CannotGoOn:
                 raise
             except mi.InputError as error:
-                skipped.append(error)
+                skipped.append(str(error))  # not what it holds on to: frames
         for error in skipped:
             print(f"skipped  {error}")
         if skipped:
@@ -106,13 +106,13 @@ class Preprocessor:
         starts, size = self.look_at(video, content)
         self.check_size(video, size)
         clips = [self.clip(video, content, start) for start in starts]
-        lacking = self.make_latents(clips)
-        if lacking:  # it ends before it says
+        lacking = self.make_music(clips)  # first, because it costs less
+        lacking += self.make_latents([clip for clip in clips if clip not in lacking])
+        if lacking:  # its pictures end before it says, or its sound before them
             clips = [clip for clip in clips if clip not in lacking]
             self.note(content, [clip.start for clip in clips], size)
         if not clips:
             raise mi.InputError(f"{video.path} ends before its first clip does")
-        self.make_music(clips)
         return clips
 
     def clip(self, video, content, start):
@@ -135,7 +135,8 @@ class Preprocessor:
         return listing["starts"].tolist(), listing["size"].tolist()
 
     def listing(self, content):
-        return f"video-{mi.digest([content, self.frames, self.fps])}.safetensors"
+        how = self.frames, self.fps, CROPS_PER_MINUTE, EDGE
+        return f"video-{mi.digest([content, *how])}.safetensors"
 
     def note(self, content, starts, size):
         numbers = {"starts": starts, "size": size}
@@ -144,8 +145,10 @@ class Preprocessor:
 
     def check_size(self, video, size):
         """The authors too leave out what they would have to enlarge."""
-        if any(have < least for have, least in zip(size, self.min_size)):
-            small = f"{size[0]}x{size[1]}, smaller than {self.min_size[0]}x{self.min_size[1]}"
+        _, _, width, height = video.crop or (0, 0, 1, 1)  # of the picture, what is shown
+        needed = self.min_size or (round(self.size[0] / height), round(self.size[1] / width))
+        if any(have < least for have, least in zip(size, needed)):
+            small = f"{size[0]}x{size[1]}, smaller than {needed[0]}x{needed[1]}"
             raise mi.InputError(f"{video.path} is {small} (see --min-size)")
 
     def make_latents(self, clips):
@@ -163,12 +166,18 @@ class Preprocessor:
         return list(missing.values())
 
     def make_music(self, clips):
-        """Encode the music of the clips that lack it."""
+        """Encode the music of the clips that lack it; returns the clips where there is none."""
+        silent = []
         for clip in clips:
             if not self.cache.holds(clip.music):
                 seconds = clip.start / self.fps
-                waveform, _ = mi.music_window(clip.video.path, self.frames, self.fps, seconds)
+                try:
+                    waveform, _ = mi.music_window(clip.video.path, self.frames, self.fps, seconds)
+                except mi.SoundEnds:
+                    silent.append(clip)
+                    continue
                 self.keep(clip, clip.music, {"audio": self.audio_encoder(waveform)[0]})
+        return silent
 
     def keep(self, clip, entry, tensors):
         for name, tensor in tensors.items():
@@ -186,15 +195,14 @@ class Preprocessor:
         made_by = self.text_made_by
         entries = {p: f"text-{mi.digest([p, *made_by])}.safetensors" for p in prompts}
         missing = [prompt for prompt, entry in entries.items() if not self.cache.holds(entry)]
-        progress = tqdm(total=len(missing), desc="reading the texts", disable=not missing)
-        for i in range(0, len(missing), TEXTS_AT_ONCE):
-            some = missing[i : i + TEXTS_AT_ONCE]
-            device = mi.text_device(self.weights, self.device)
-            features = mi.encode_text(self.weights, some, device)
-            for prompt, (y_feat, y_mask) in zip(some, features, strict=True):
-                self.cache.write(entries[prompt], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
-                progress.update()
-        progress.close()
+        if not missing:
+            return entries
+        features = mi.encoded_texts(
+            self.weights, missing, mi.text_device(self.weights, self.device)
+        )
+        progress = tqdm(missing, desc="reading the texts")
+        for prompt, (y_feat, y_mask) in zip(progress, features):  # each kept before the next
+            self.cache.write(entries[prompt], {"y_feat": y_feat[0], "y_mask": y_mask[0]})
         return entries
 
 

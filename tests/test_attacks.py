@@ -203,7 +203,7 @@ TABLE = [
     ("sample song.wav ''", "works: out/song-empty-0.mp4"),
     ("sample song.wav '/../..'", "works: out/song-empty-0.mp4"),
     # Sizes, lengths, seeds
-    ("sample song.wav dog --frames 1", "works: frames 1"),
+    ("sample song.wav dog --frames 1", "works: frames 1\n"),
     ("sample song.wav dog --frames 9999999999999999999999", "--frames must be 1000000 or less"),
     (f"sample song.wav dog --frames {10**400}", "--frames must be 1000000 or less"),
     ("sample song.wav dog --frames=-5", "1 or 7"),
@@ -253,7 +253,7 @@ TABLE = [
     ("sample --from many-seeds.json", "--seed cannot hold [1, 2]"),
     ("sample --from no-size.json", "--size cannot be"),
     ("sample --from odd-size.json", "--size cannot hold 'a'"),
-    ("sample --from no-frames.json", "works: frames 7"),
+    ("sample --from no-frames.json", "works: frames 7\n"),
     ("sample --from no-number.json", "--cfg must be a number"),
     ("sample --from no-layers.json", "--skip cannot be 1"),
     ("sample --from odd-layers.json", "--skip cannot hold '1'"),

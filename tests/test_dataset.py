@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_wav
 
 import musicinfuser as mi
 from dataset import aist, clips
@@ -37,6 +37,24 @@ def test_the_split_is_by_camera_and_song(dance_videos):
     songs = [video.song for video in training if video.kind == "aist"]
     assert sorted(songs) == ["mBR1", "mBR2", "mHO2", "mKR1", "mPO0"]
     assert sorted(video.song for video in test) == ["mBR0", "mHO5"]
+
+
+def test_no_wild_video_is_one_of_the_others_or_of_a_song_that_is_held_out(tmp_path):
+    held_out = [f"gBR_sBM_c05_d01_{song}_ch01.mp4" for song in aist.TEST_SONGS]
+    others = "gBR_sBM_c01_d01_mBR1_ch01.mp4", "gBR_sBM_c02_d01_mBR1_ch01.mp4"
+    touch(tmp_path, *(f"aist/{name}" for name in others), "wild/a.mp4")
+    touch(tmp_path, *(f"elsewhere/{name}" for name in (*held_out, others[1])))
+    (tmp_path / "wild" / "link.mp4").symlink_to(tmp_path / "aist" / others[0])
+    found = aist.find_videos(tmp_path / "aist", tmp_path)
+    names = [(video.kind, os.path.relpath(video.path, tmp_path)) for video in found]
+    wild = [("wild", f"elsewhere/{others[1]}"), ("wild", "wild/a.mp4")]
+    assert names == [("aist", f"aist/{others[0]}"), *wild]
+
+
+def test_one_song_of_each_genre_is_held_out():
+    songs = "mLH4 mKR2 mBR0 mLO2 mJB5 mWA0 mJS3 mMH3 mHO5 mPO1"  # of the authors' scripts
+    assert sorted(aist.TEST_SONGS) == sorted(songs.split())
+    assert {song[1:3] for song in aist.TEST_SONGS} == set(aist.GENRES)
 
 
 def test_prompts_say_who_dances_what_where_and_seen_from_where():
@@ -147,16 +165,101 @@ def test_small_videos_are_left_out_unless_allowed(weights, videos, tmp_path, cap
     assert video_size(videos[0].path) == (48, 96)
     assert preprocessor(tmp_path, weights, size=(64, 64)).clips(videos[:2]) == []
     said = capsys.readouterr().out
-    assert "is 48x96, smaller than 64x64 (see --min-size)" in said
+    # Of which AIST's crop shows two thirds: 64x64 of a picture of 96x97
+    assert "is 48x96, smaller than 96x97 (see --min-size)" in said
     assert "skipped  2 of 2 videos" in said
     allowed = preprocessor(tmp_path, weights, size=(64, 64), min_size=(48, 96))
     assert len(allowed.clips(videos[:2])) == 2
 
 
+def ramps_and_chirp(folder, seconds=4):
+    """The path of an AIST video of 96x48 in whose picture red rises to the right, green downwards
+    and blue with time, and in whose song the pitch rises: 200 Hz and 200 more each second."""
+    t = np.arange(44100 * seconds) / 44100
+    song = write_wav(folder / "chirp.wav", 0.5 * np.sin(2 * np.pi * (200 + 100 * t) * t))
+    blue, green, red = torch.meshgrid(
+        torch.linspace(-1, 1, 30 * seconds),
+        torch.linspace(-1, 1, 48),
+        torch.linspace(-1, 1, 96),
+        indexing="ij",
+    )
+    path = folder / "gBR_sBM_c01_d01_mBR1_ch01.mp4"
+    mi.save_video(path, torch.stack([red, green, blue]), song=song)
+    return str(path)
+
+
+# Left, right, top and bottom of what is shown, in a picture from -1 to 1: AIST's crop and then its
+# middle, or the middle alone
+SHOWN = {"aist": (-1 / 3, 1 / 3, -1 / 2, 5 / 6), "wild": (-1 / 2, 1 / 2, -1, 1)}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_a_clip_has_the_pictures_and_the_sound_of_its_own_place(
+    weights, tmp_path, monkeypatch, kind
+):
+    video = aist.Video(ramps_and_chirp(tmp_path), kind, "", ("",))
+    forward, listen, seen, heard = mi.Encoder.forward, mi.AudioEncoder.__call__, [], []
+
+    def encode_video(self, pixels):
+        seen.append(pixels[0])
+        return forward(self, pixels)
+
+    def encode_music(self, waveform):
+        heard.append(waveform)
+        return listen(self, waveform)
+
+    monkeypatch.setattr(mi.Encoder, "forward", encode_video)
+    monkeypatch.setattr(mi.AudioEncoder, "__call__", encode_music)
+    monkeypatch.setattr(clips, "clip_starts", lambda *_: [15, 75])
+    preprocessor(tmp_path / "cache", weights).clips([video])
+    left, right, top, bottom = SHOWN[kind]
+    for start, pixels, waveform in zip((15, 75), seen, heard, strict=True):
+        red, green, blue = pixels[0, 3, 16], pixels[1, 3, :, 16], pixels[2, :, 16, 16]
+        assert abs(red[0] - left) < 0.1 and abs(red[-1] - right) < 0.1
+        assert abs(green[0] - top) < 0.1 and abs(green[-1] - bottom) < 0.1
+        times = torch.arange(start, start + 7) / 119 * 2 - 1
+        assert (blue - times).abs().max() < 0.06  # 0.12 s; colours are coded roughly
+        length = len(waveform) / 16000
+        pitch = ((waveform[1:] > 0) != (waveform[:-1] > 0)).sum().item() / 2 / length
+        assert abs(length - (7 / 30 + 0.09)) < 1e-3
+        assert abs(pitch - (200 + 200 * (start / 30 + length / 2))) < 10  # 0.05 s
+
+
+def with_sound(folder, seconds):
+    """A video of 4 s whose sound lasts so long; 0: none."""
+    silent, path = folder / "silent.mp4", folder / f"{seconds}.mp4"
+    noise = torch.rand(3, 120, 48, 96, generator=torch.Generator().manual_seed(9))
+    mi.save_video(silent, noise * 2 - 1)
+    if not seconds:
+        return str(silent)
+    song = write_wav(folder / "song.wav", 0.5 * np.sin(np.arange(int(44100 * seconds)) / 20))
+    with open(path, "wb") as file:
+        how = "-map 0:v -map 1:a -c:v copy -c:a aac -f mp4 -movflags frag_keyframe -"
+        file.write(mi.ffmpeg(silent, "-i", song, *how.split()))
+    return str(path)
+
+
+def test_clips_that_begin_after_the_sound_are_left_out_alone(weights, tmp_path, monkeypatch):
+    work = count_work(monkeypatch)
+    monkeypatch.setattr(clips, "clip_starts", lambda *_: [0, 20, 90])
+    video = aist.Video(with_sound(tmp_path, 2), "wild", "", ("",))
+    for _ in range(2):
+        found = preprocessor(tmp_path / "cache", weights).clips([video])
+        assert [clip.start for clip in found] == [0, 20]
+    assert work == {"video": 2, "music": 2}
+
+
+def test_a_silent_video_is_not_encoded(weights, tmp_path, monkeypatch, capsys):
+    work = count_work(monkeypatch)
+    video = aist.Video(with_sound(tmp_path, 0), "wild", "", ("",))
+    assert preprocessor(tmp_path / "cache", weights).clips([video]) == []
+    assert "has no sound" in capsys.readouterr().out and not work
+
+
 def count_work(monkeypatch):
     """Counter of how often the encoders are asked."""
     work = Counter()
-    forward, listen, encode = mi.Encoder.forward, mi.AudioEncoder.__call__, mi.encode_text
+    forward, listen, encode = mi.Encoder.forward, mi.AudioEncoder.__call__, mi.encoded_texts
 
     def encode_video(self, *arguments):
         work["video"] += 1
@@ -166,14 +269,14 @@ def count_work(monkeypatch):
         work["music"] += 1
         return listen(self, waveform)
 
-    def encode_text(weights, prompts, *arguments):
-        prompts = list(prompts)
-        work["text"] += len(prompts)
-        return encode(weights, prompts, *arguments)
+    def encode_texts(*arguments):
+        for features in encode(*arguments):
+            work["text"] += 1
+            yield features
 
     monkeypatch.setattr(mi.Encoder, "forward", encode_video)
     monkeypatch.setattr(mi.AudioEncoder, "__call__", encode_music)
-    monkeypatch.setattr(mi, "encode_text", encode_text)
+    monkeypatch.setattr(mi, "encoded_texts", encode_texts)
     return work
 
 
@@ -329,7 +432,7 @@ def test_encoding_goes_on_where_it_was_stopped(weights, tmp_path, monkeypatch):
         prep.texts(prompts)
     monkeypatch.setattr(Cache, "write", write)
     preprocessor(tmp_path, weights).texts(prompts)
-    assert work["text"] == 5 + 2
+    assert work["text"] == 4 + 2  # one at a time, each kept before the next
 
 
 # ------------------------------------------------------------------------------------------------

@@ -119,7 +119,6 @@ def test_from_a_recipe_the_same_video_is_made_again(made, run, song, tmp_path):
     error, _ = run("--from", old.with_suffix(".json"), "--out", tmp_path / "again.mp4")
     assert not error
     assert np.array_equal(watch(tmp_path / "again.mp4")[0], watch(old)[0])
-    assert "--steps 3" not in error
     error, output = run(
         "--from", old.with_suffix(".json"), "--steps", 3, "--out", tmp_path / "3.mp4"
     )

@@ -476,6 +476,7 @@ def test_offloaded_blocks_give_the_same_adapter(fit, tmp_path, dtype):
     here = fit(**options, out=str(tmp_path / "here"))
     away = fit(**options, out=str(tmp_path / "away"), offload=True)
     assert same_file(here, away)
+    assert {tensor.dtype for tensor in load_file(here).values()} == {torch.float32}
 
 
 def test_training_begins_from_an_adapter(fit, weights, tmp_path):
