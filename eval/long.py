@@ -184,7 +184,8 @@ class Films:
         frames = seconds * self.fps // 6 * 6 + 1
         how = {"prompt": PROMPTS[0], "frames": frames, "steps": self.options.timed_steps}
         given = self.given | how
-        kept = os.path.join(self.options.out, f"cost-{seconds}-{key_of(given)}.json")
+        where = "-offloaded" if given["offload"] else ""  # which decides no film, but what it costs
+        kept = os.path.join(self.options.out, f"cost-{seconds}-{key_of(given)}{where}.json")
         if not os.path.exists(kept):
             mi.save_json(kept, self.timed(seconds, given))
         return read_json(kept)
