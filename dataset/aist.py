@@ -107,13 +107,14 @@ def find_videos(data, wild=None, split="train"):
 
     Raises musicinfuser.InputError for a folder that is not there.
     """
-    videos, own = [], list_videos(data)
-    for path in own:
+    videos, own = [], set()
+    for path in list_videos(data):
         match = NAME.search(os.path.basename(path))
+        if match:
+            own.add(os.path.realpath(path))
         if match and in_split(match, split):
             videos.append(Video(path, "aist", "m" + match[5], prompts(match[0])))
     if wild and split == "train":
-        own = set(map(os.path.realpath, own))
         for path in list_videos(wild):
             if os.path.realpath(path) not in own and not is_held_out(path):
                 videos.append(Video(path, "wild", path, (caption(path),)))

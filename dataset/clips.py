@@ -112,7 +112,7 @@ class Preprocessor:
             clips = [clip for clip in clips if clip not in lacking]
             self.note(content, [clip.start for clip in clips], size)
         if not clips:
-            raise mi.InputError(f"{video.path} ends before its first clip does")
+            raise mi.InputError(f"{video.path} ends, or its sound, before its first clip does")
         return clips
 
     def clip(self, video, content, start):

@@ -536,6 +536,7 @@ def check_whole(folder):
 
 
 def in_this_process(main, line, monkeypatch):
+    mi.clear_temporaries.cache_clear()  # as if it were another
     monkeypatch.setattr(sys, "argv", ["x", *line])
     main()
 

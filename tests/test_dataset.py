@@ -49,6 +49,9 @@ def test_no_wild_video_is_one_of_the_others_or_of_a_song_that_is_held_out(tmp_pa
     names = [(video.kind, os.path.relpath(video.path, tmp_path)) for video in found]
     wild = [("wild", f"elsewhere/{others[1]}"), ("wild", "wild/a.mp4")]
     assert names == [("aist", f"aist/{others[0]}"), *wild]
+    touch(tmp_path, "aist/wild/b.mp4")
+    found = aist.find_videos(tmp_path / "aist", tmp_path / "aist")
+    assert [video.kind for video in found] == ["aist", "wild"]
 
 
 def test_one_song_of_each_genre_is_held_out():
