@@ -34,7 +34,10 @@ def teach(steps=700, seed=3):
     """audio_encoder/, on the world's own songs alone."""
     torch.manual_seed(seed)
     wav2vec, head = fresh_wav2vec(), fresh_head()
-    kinds = lambda: [synthesised_pieces(500, seed)]  # noqa: E731
+
+    def kinds():
+        return [synthesised_pieces(500, seed)]
+
     if learn("audio", wav2vec, head, kinds, (1,), steps, 1.5e-3, seed):
         unseen = synthesised_pieces(64, seed + 1000)
         print_accuracy("the world's songs", wav2vec, head, unseen, seed)
