@@ -283,7 +283,7 @@ class AdapterOptions:
     alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0, line="adapter")
     heads: int = option(8, "of ZICA", low=1)
     window: int = option(
-        None, "latent frames either side that one hears; none: all, even", low=0, line="adapter"
+        None, "latent frames either side that a frame hears; none: all", low=0, line="adapter"
     )
     adapter: str = option("zica", "add: features added, no attention", choices=("zica", "add"))
     random_init: bool = option(False, "ZICA's output at random, not zero (the paper's ablation)")

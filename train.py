@@ -260,8 +260,8 @@ def identity(data, options, samples, workers):
 
 
 def content(path):
-    """A digest of a model, but for what it prefers in sampling and training: the options have it.
-    Raises InputError."""
+    """A digest of a model, but for what it prefers in sampling and training: options and clips have
+    what counts of that. Raises InputError."""
     header, metadata, begin = mi.read_header(path)
     config = json.loads(metadata.pop("config", "{}"))
     config = {name: config[name] for name in config if name not in ("sampling", "training")}
