@@ -98,6 +98,7 @@ def rank(**given):
     process, processes = mi.join_processes(options)
     depth = len(dit.blocks)
     layers = check(options, depth)
+    mi.check_decoder(options.weights, dit.config)
     metric = quality.choose_metric(options)
     check_amount(options)
     kept = Kept(options, metric)
@@ -132,12 +133,14 @@ def rank(**given):
 def check(options, depth):
     """What the dataclass cannot; fills in what follows. Returns the layers. Raises InputError."""
     layers = layer_numbers(options.layers, depth)
-    third = round(depth / 3)
-    options.top = third if options.top is None else options.top
+    options.top = mi.third_of(depth) if options.top is None else options.top
     if options.top > depth:
         raise mi.InputError(f"--top must be from 1 to {depth}, not {options.top}")
     if options.prompts_file is not None:
-        options.prompts = read_prompts(options.prompts_file)
+        lines = read_prompts(options.prompts_file)
+        if options.prompts:
+            raise mi.InputError("--prompts and --prompts-file do not go together")
+        options.prompts = lines
     options.prompts = PROMPTS if options.prompts is None else options.prompts
     options.prompts = tuple(dict.fromkeys(options.prompts))
     if not options.prompts or not all(prompt.strip() for prompt in options.prompts):
@@ -149,7 +152,6 @@ def check(options, depth):
         height, width = options.size
         tokens = mi.latent_frames(options.frames) * height * width // 256
         options.batch = max(1, TOKENS_AT_ONCE // tokens)
-    mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
     return layers
 
 
@@ -350,7 +352,7 @@ def save(result, options, settings, depth):
     result |= {name: getattr(options, name) for name in names} | {"settings": settings}
     path = os.path.join(options.out, "adaptability.json")
     mi.save_json(path, result)
-    top = "" if options.top == round(depth / 3) else f" --top {options.top}"
+    top = "" if options.top == mi.third_of(depth) else f" --top {options.top}"
     print(f"{path}: train.py --layers {path}{top}")
     return result
 

@@ -278,7 +278,7 @@ class DiT(nn.Module):
 class AdapterOptions:
     """What an adapter is, but for its weights; kept in the metadata of its file."""
 
-    layers: list = option(None, "blocks that music follows: 0,3,6, a name, or a ranking's file")
+    layers: list = option(None, "that ZICA follows: 0,3,6, even, first, ..., or a ranking's file")
     rank: int = option(64, "of LoRA; 0: none", low=0, line="adapter")
     alpha: float = option(None, "LoRA counts alpha / rank; default: rank", low=0, line="adapter")
     heads: int = option(8, "of ZICA", low=1)
@@ -776,9 +776,14 @@ def adapter_parameters(dit):
     return {k: v for k, v in dit.named_parameters() if "lora_" in k or k.startswith(ours)}
 
 
+def third_of(depth):
+    """How many layers the paper's 16 of 48 are in a model of that depth."""
+    return max(round(depth / 3), 1)
+
+
 def choose_layers(choice, depth, count=None):
     """`count` layers (default: a third) by the paper's names: even, first, middle, last; or all."""
-    count = depth if choice == "all" else count or round(depth / 3)
+    count = depth if choice == "all" else count or third_of(depth)
     if choice == "even":
         return [round((i + 0.5) * depth / count - 0.5) for i in range(count)]
     start = {"all": 0, "first": 0, "middle": (depth - count) // 2, "last": depth - count}[choice]
@@ -899,7 +904,9 @@ def latent_frames(frames):
 
 def longest_at_once(config):
     """Frames that a model makes well at once; longer videos are made in windows."""
-    return config.sampling.get("frames", MOCHI_LONGEST)
+    frames = config.sampling.get("frames", MOCHI_LONGEST)
+    check_number("the weights' preferred frames", frames, int, {"low": 1})
+    return frames
 
 
 def to_dit_space(z, mean=MOCHI_MEAN, std=MOCHI_STD):
@@ -1228,7 +1235,7 @@ def clear_temporaries(folder):
         match = pattern.match(name)
         if match and not is_running(int(match[1])):
             path = os.path.join(folder, name)
-            with suppress(FileNotFoundError):  # another process clears it too
+            with suppress(OSError):  # another process clears it too, or it is another user's
                 shutil.rmtree(path) if os.path.isdir(path) else os.remove(path)
 
 
@@ -1592,6 +1599,14 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
     return fill(decoder, path, device, dtype)
 
 
+def check_decoder(weights, config):
+    """Raises InputError where a folder's decoder cannot be read, or not decode its latents."""
+    path = os.path.join(weights, "decoder.safetensors")
+    found, made = load_decoder(path, "meta").blocks[0][0].in_channels, len(config.mean)
+    if found != made:
+        raise InputError(f"{path} takes latents of {found} channels, the transformer makes {made}")
+
+
 def children(shapes, prefix):
     """["layers.0", "layers.1", ...]: the numbered members that a file has below a name."""
     pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
@@ -1777,7 +1792,7 @@ def join_processes(options):
         # Some wait long: the first makes a cache for all
         dist.init_process_group(backend, timeout=datetime.timedelta(days=7))
         if dist.get_rank() > 0:
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -2279,7 +2294,7 @@ def settle(cls, preferred, given):
         if value is not None or defaults[name] is None:  # None is a value only where it is one
             chosen[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
     for name, value in chosen.items():
-        chosen[name] = tuple(value) if isinstance(value, list) else value
+        chosen[name] = tuple(value) if isinstance(value, (list, range)) else value
     options = cls(**chosen)
     check_options(options)
     return options
@@ -2305,7 +2320,7 @@ def check_options(options, where=""):
 def check_kind(name, value, kind, parse):
     """Of anything but a number; parse: of what a tuple holds. Files can hold other kinds."""
     items = ()
-    if kind is tuple and isinstance(value, (tuple, range)):
+    if kind is tuple and isinstance(value, tuple):
         items = value
     elif not isinstance(value, (str, list, tuple) if kind is list else kind):
         raise InputError(f"{name} cannot be {value!r}")
@@ -2319,7 +2334,7 @@ def check_number(name, value, kind, limits):
     number = isinstance(value, (kind, int)) and not isinstance(value, bool)
     if not number or not -math.inf < value < math.inf:  # a whole one may be beyond any float
         whole = "whole " if kind is int else ""
-        raise InputError(f"{name} must be a {whole}number, not {value}")
+        raise InputError(f"{name} must be a {whole}number, not {value!r}")
     low, high = limits.get("low", -math.inf), limits.get("high", 2**63 - 1)
     if value < low:
         raise InputError(f"{name} must be {low} or more, not {value}")

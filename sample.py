@@ -92,7 +92,7 @@ def check(options, dit):
         options.music_cfg = 0.0
     else:
         mi.load_adapter(dit, options.adapter)
-    mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
+    mi.check_decoder(options.weights, dit.config)
     if options.window_frames is None:
         options.window_frames = mi.longest_at_once(dit.config)
     needed = ("text_encoder", "tokenizer", "audio_encoder")[: 2 if options.adapter == "none" else 3]
@@ -109,7 +109,7 @@ def check_out(options):
     if ending in (".mov", ".mkv", ".webm", ".avi"):
         raise mi.InputError(f"--out {out}: videos are .mp4 here")
     for path in (out, os.path.splitext(out)[0] + ".json") if is_video(out) else ():
-        if os.path.exists(path):
+        if os.path.lexists(path):
             raise mi.InputError(f"{path} exists; name another --out")
     folder = os.path.dirname(os.path.abspath(out)) if is_video(out) else out
     mi.check_writable(folder)
@@ -224,7 +224,8 @@ def begin_states(options, writes, first):
     """({seed: mi.State}, the seeds that are left to make), for which the first process begins."""
     states = states_of(options, writes)
     seeds = unfinished(states)
-    mi.wait_for_all()  # until all have seen what is there
+    if options.split != "none":
+        mi.wait_for_all()  # until all have seen what is there
     if first:
         for seed in seeds:
             states[seed].begin()
@@ -291,7 +292,7 @@ def new_path(out, stem):
     """A new .mp4 in the folder `out`, or `out` itself; with -2, -3, ... where one is there."""
     path = out if is_video(out) else os.path.join(out, f"{stem}.mp4")
     begin, n = os.path.splitext(path)[0], 1
-    while os.path.exists(path) or os.path.exists(os.path.splitext(path)[0] + ".json"):
+    while os.path.lexists(path) or os.path.lexists(os.path.splitext(path)[0] + ".json"):
         n += 1
         path = f"{begin}-{n}.mp4"
     return path

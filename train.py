@@ -86,7 +86,7 @@ def train(data, **given):
         check_init(options, outline)
     if options.sample_every:
         mi.settle(sample.Options, outline.config.sampling, {})
-        mi.load_decoder(os.path.join(options.weights, "decoder.safetensors"), "meta")
+        mi.check_decoder(options.weights, outline.config)
     defaults = asdict(mi.settle(Options, outline.config.training, {})) | {"processes": 1}
     with Workers(options) as workers, RunFolder(options.out, workers.first) as run:
         samples, held_out = prepare_data(data, options, outline.config, workers)
@@ -144,7 +144,7 @@ def pick_layers(choice, depth, weights, top=None):
     if choice in ("even", "first", "middle", "last"):
         return mi.choose_layers(choice, depth, top)
     if isinstance(choice, str) and choice.endswith(".json"):
-        return sorted(read_ranking(choice, depth)[: top or round(depth / 3)])
+        return sorted(read_ranking(choice, depth)[: top or mi.third_of(depth)])
     if top is not None:
         raise mi.InputError("--top goes with a ranking, even, first, middle or last")
     if choice == "all":

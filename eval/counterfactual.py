@@ -40,13 +40,13 @@ def silent_song(folder, seconds=60, rate=16000):
     return path
 
 
-def counterfactual(video, others, folder, **where):
+def counterfactual(video, others, folder, song=None, **where):
     """{change: scores} of a video that sample.py made; others: the Music of the other videos."""
     beside = os.path.splitext(video)[0] + ".json"
     if not os.path.exists(beside):
         raise mi.InputError(f"{video} has no .json of sample.py beside it, to make it again from")
     check_model(video)
-    recipe, music = sample.read_recipe(beside), music_of(video)
+    recipe, music = sample.read_recipe(beside), music_of(video, song)
     if "prompt" not in recipe:
         raise mi.InputError(f"{beside} names no prompt to make {video} again from")
     recipe.pop("device", None)  # of another machine
@@ -81,15 +81,16 @@ def answer(path, original, music, new):
     return row
 
 
-def counterfactual_report(videos, out, **where):
-    """Print and return, for each adapter among the videos, a table of the CHANGES."""
+def counterfactual_report(videos, out, song=None, **where):
+    """Print and return, for each adapter among the videos, a table of the CHANGES. song: that they
+    were made to, where it is elsewhere now."""
     bt.import_librosa()
-    musics = {video: music_of(video) for video in videos}
+    musics = {video: music_of(video, song) for video in videos}
     rows = {}
     for i, video in enumerate(videos):  # swapped with the next one's, so that all songs come
         others = [musics[other] for other in [*videos[i + 1 :], *videos[:i]]]
         try:
-            rows[video] = counterfactual(video, others, out, **where)
+            rows[video] = counterfactual(video, others, out, song, **where)
         except bt.NoScore as error:
             print(f"skipped  {video}: {error}")
     if not rows:

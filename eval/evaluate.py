@@ -137,7 +137,7 @@ def arguments():
     add("--json", metavar="OUT", help="write there; with --judge, scores.json beside the videos")
     add("--judge", metavar="MODEL", help="a Qwen-Omni's folder: ask it the paper's 11 questions")
     add("--caption", metavar="DIR", help="let it describe each video in DIR, for train.py --wild")
-    add("--protocol", action="store_true", help="make and score the paper's 10 prompts x 10 songs")
+    add("--protocol", action="store_true", help="make and score 10 prompts x 10 held-out songs")
     add("--songs", metavar="DIR", help="... of these songs: mLH4.*, ... or any ten files")
     add("--counterfactual", action="store_true", help="make the videos again to changed music")
     add("--out", metavar="DIR", help="of the videos made; what is there is not made again")
@@ -204,7 +204,7 @@ def report(o, videos):
         keep("copies", copy_report(videos, *data, **where))
     if o.counterfactual:
         folder = o.out or "outputs/counterfactual"
-        keep("counterfactual", counterfactual_report(videos, folder, **where))
+        keep("counterfactual", counterfactual_report(videos, folder, o.song, **where))
     if o.judge:
         judge_report(videos, o.judge, out, o.device, o.dtype)
 

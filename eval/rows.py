@@ -87,7 +87,7 @@ def layers_of(choice, depth, weights):
     """The layers of a row: what train.py takes, and a third of all for ranked, lowest and random N,
     whose set follows from N and the depth alone. Raises InputError."""
     kind, _, number = str(choice or "").partition(" ")
-    third = round(depth / 3)
+    third = mi.third_of(depth)
     if kind == "random":
         return tuple(sorted(random.Random(number).sample(range(depth), third)))
     if kind == "fourth":

@@ -55,15 +55,20 @@ def choreographies(renderings=4):
 
 def nearest_genre(film, beats):
     """The genre whose poses are the most like a film's: the best mean, over each two poses that
-    follow each other, of the correlation with the most alike of the genre's."""
+    follow each other, of the correlation with the most alike of the genre's. None where no two
+    do."""
     bank, common = choreographies()
     found = F.normalize(held_poses(film, np.asarray(beats)) - common, dim=1)
+    if not len(found):
+        return None
     alike = {genre: likeness(found, poses) for genre, poses in bank.items()}
     return max(alike, key=alike.get)
 
 
 def likeness(poses, others):
     """The mean over unit features (K, 512) of their products with the most alike of the others."""
+    if not (len(poses) and len(others)):
+        return 0.0
     return (poses @ others.T).amax(1).mean().item()
 
 

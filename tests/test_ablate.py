@@ -390,6 +390,13 @@ def test_films_of_each_row_between_the_prior_and_the_ground_truth(
     assert files(folder) == before and capsys.readouterr().out.endswith(printed[-300:])
 
 
+def test_each_score_of_films_has_its_place():
+    assert (
+        ablate.film_cell([{"r": 0.5, "other": -0.1, "tempo": 0.9}])
+        == "0.50 ± ? / -0.10 ± ? / 0.90 ± ?"
+    )
+
+
 def test_scenes_dance_their_songs_genre_and_the_plain_prompt_tells_nothing():
     for kind in ("people", "people elsewhere", "plain prompt"):
         scenes, prompts = films.scenes_of(kind, 4, 1)

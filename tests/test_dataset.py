@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, write_wav
+from conftest import MEAN, ROOT, STD, write_wav
 
 import musicinfuser as mi
 from dataset import aist, clips
@@ -176,18 +176,19 @@ def test_small_videos_are_left_out_unless_allowed(weights, videos, tmp_path, cap
 
 
 def ramps_and_chirp(folder, seconds=4):
-    """The path of an AIST video of 96x48 in whose picture red rises to the right, green downwards
-    and blue with time, and in whose song the pitch rises: 200 Hz and 200 more each second."""
+    """The path of an AIST video of 96x48, of 60 fps as those are, in whose picture red rises to the
+    right, green downwards and blue with time, and in whose song the pitch rises: 200 Hz and 200
+    more each second."""
     t = np.arange(44100 * seconds) / 44100
     song = write_wav(folder / "chirp.wav", 0.5 * np.sin(2 * np.pi * (200 + 100 * t) * t))
     blue, green, red = torch.meshgrid(
-        torch.linspace(-1, 1, 30 * seconds),
+        torch.linspace(-1, 1, 60 * seconds),
         torch.linspace(-1, 1, 48),
         torch.linspace(-1, 1, 96),
         indexing="ij",
     )
     path = folder / "gBR_sBM_c01_d01_mBR1_ch01.mp4"
-    mi.save_video(path, torch.stack([red, green, blue]), song=song)
+    mi.save_video(path, torch.stack([red, green, blue]), 60, song)
     return str(path)
 
 
@@ -314,6 +315,14 @@ def test_another_audio_encoder_neither_moves_a_clip_nor_runs_the_vae(
     assert work == {"video": 2, "music": 4}
     for old, new in zip(before, after, strict=True):
         assert old.start == new.start and old.latents == new.latents and old.music != new.music
+
+
+@pytest.mark.parametrize("given", [{"size": (16, 32)}, {"frames": 13}])
+def test_another_size_or_length_is_encoded_anew(weights, videos, tmp_path, given):
+    (before,) = preprocessor(tmp_path, weights).clips(videos[:1])
+    (after,) = preprocessor(tmp_path, weights, **given).clips(videos[:1])
+    assert before.latents != after.latents
+    assert (before.music == after.music) == ("size" in given)
 
 
 def test_another_vae_moves_no_clip_and_keeps_the_music(weights, videos, tmp_path, monkeypatch):
@@ -514,6 +523,17 @@ def test_what_killed_processes_left_is_cleared(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {*live, elsewhere}
 
 
+def test_what_another_user_left_stops_nobody(tmp_path, monkeypatch):
+    touch(tmp_path, mi.mark(10**20) + "a")
+
+    def remove(path):
+        raise PermissionError(1, "Operation not permitted", path)
+
+    monkeypatch.setattr(os, "remove", remove)
+    mi.save_json(tmp_path / "b.json", {})
+    assert (tmp_path / "b.json").exists()
+
+
 def test_what_a_download_brings_beside_a_model_is_no_part_of_it(weights, tmp_path):
     cache, folder = Cache(tmp_path / "cache"), tmp_path / "model"
     folder.mkdir()
@@ -539,7 +559,7 @@ OPTIONS = {
     "beta": 3.0,
     "half_life": 200,
 }
-CONFIG = SimpleNamespace(mean=mi.MOCHI_MEAN, std=mi.MOCHI_STD)
+CONFIG = SimpleNamespace(mean=MEAN, std=STD)
 
 
 @pytest.fixture
@@ -553,7 +573,7 @@ def make_samples(tmp_path):
             [("aist", song) for song in aist_songs] + [("wild", song) for song in wild_songs]
         ):
             mean = torch.full((12, 2, 4, 4), float(i))
-            cache.write(f"latents-{i}", {"mean": mean, "logvar": torch.full_like(mean, -60)})
+            cache.write(f"latents-{i}", {"mean": mean, "logvar": torch.full_like(mean, -6)})
             cache.write(f"music-{i}", {"audio": torch.full((5, 3), float(song))})
             video = aist.Video(f"{i}.mp4", kind, song, (f"prompt {i}",))
             found.append(clips.Clip(video, i, f"latents-{i}", f"music-{i}"))
@@ -619,8 +639,8 @@ def test_the_mixture_is_that_of_the_first_version(make_samples):
         batch = samples.batch([n], n)
         assert torch.equal(batch.sigma, sigma)
         assert torch.equal(batch.eps[0], torch.randn(12, 2, 4, 4, generator=generator))
-        z = found.index(clip) + math.exp(-30) * noise[None]
-        assert torch.allclose(batch.z, mi.to_dit_space(z), atol=1e-6)
+        z = found.index(clip) + math.exp(-3) * noise[None]
+        assert torch.allclose(batch.z, mi.to_dit_space(z, MEAN, STD), atol=1e-5)
 
 
 def test_a_dropped_caption_has_no_valid_token(make_samples):
@@ -654,6 +674,8 @@ def test_the_wrong_song_of_a_held_out_clip_is_never_its_own(make_samples, counts
         == wrong.conditions["audio"].shape
         == (min(len(songs), 16), 5, 3)
     )
+    own = {clip.name: clip.video.song for clip in found}
+    assert right.conditions["audio"][:, 0, 0].tolist() == [own[name] for name in right.names]
     assert (right.conditions["audio"] != wrong.conditions["audio"]).all()
     assert {*wrong.conditions["audio"].flatten().tolist()} <= {*map(float, songs)}
     assert samples.held_out(found[: counts[0]], 16) is None

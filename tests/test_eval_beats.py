@@ -188,7 +188,14 @@ def test_tracked_beats_are_the_clicks(tmp_path):
     times = np.arange(0.3, 20, 0.6)  # 100 BPM
     beats = bt.track_beats(clicks(tmp_path / "clicks.wav", times, 20))
     late = (beats - 0.3 + 0.3) % 0.6 - 0.3
-    assert abs(np.median(late)) < 0.02 and bt.music_tempo(beats) == pytest.approx(100, abs=1)
+    assert abs(np.median(late)) < 0.012 and bt.music_tempo(beats) == pytest.approx(100, abs=1)
+
+
+def test_motion_is_between_two_frames():
+    """Half a frame aside, r would be 0.98."""
+    energy = np.sin(np.pi * 2 * (np.arange(72) + 0.5) / 30) ** 2  # rests at 0, 0.5, 1, ... s
+    motion = bt.Motion(np.ones(72, np.float32), energy, 120.0)
+    assert bt.beat_scores(motion, np.arange(6) / 2)["r"] == pytest.approx(1, abs=1e-3)
 
 
 def test_a_song_of_hours_is_heard_around_the_video(tmp_path, monkeypatch):

@@ -73,6 +73,21 @@ def test_the_second_half_too_begins_on_a_beat(seconds):
     assert abs(beats[half] - round(beats[half])) < 1e-9 and (np.diff(beats) > 0).all()
 
 
+def test_that_song_has_its_beats_there(tmp_path):
+    sound = mi.load_audio(long.song_of(str(tmp_path), 12), rate=16000).numpy()
+    rise = np.maximum(np.diff(np.sqrt(np.square(sound).reshape(-1, 160).mean(1))), 0)  # of 10 ms
+    beats = long.beats_at(1200, 100, 12)
+
+    def strength(shift, half):
+        whole = np.flatnonzero(np.diff(np.floor(beats - shift)) > 0) + 1
+        at = [i for i in whole if half * 600 + 10 < i < half * 600 + 590]
+        return np.mean([rise[i - 2 : i + 3].max() for i in at])
+
+    for half in (0, 1):
+        others = [strength(shift, half) for shift in (0.13, 0.37, 0.63, 0.88)]
+        assert strength(0, half) > 1.2 * max(others)
+
+
 def test_a_dance_on_the_beat_keeps_to_it_in_every_third():
     beats = long.beats_at(901, 30, 30)
     film = np.full((901, 16, 16, 3), 50, np.uint8)

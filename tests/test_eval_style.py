@@ -27,6 +27,15 @@ def test_style_tells_the_genres_choreographies_apart():
     assert style.style([film[:, :, ::-1] for film in films], beats, genres)[0] >= 0.9  # mirrored
 
 
+def test_a_film_without_two_whole_beats_dances_nothing():
+    films, beats, genres = ground_truth()
+    first = genres.index("BR")
+    short, at = films[first][:20], np.linspace(0.2, 1.5, 20)
+    assert style.style([short], [at], ["BR"]) == (0, [None])
+    films[first], beats[first] = short, at
+    assert style.consistency(films, beats, genres)[0] >= 0.4
+
+
 def test_consistency_asks_for_the_same_dance_whatever_it_is_called():
     films, beats, genres = ground_truth()
     share, chance, deviation = style.consistency(films, beats, genres)

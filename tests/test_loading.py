@@ -75,6 +75,30 @@ def test_config_of_a_model_comes_back(tmp_path):
     assert mi.ModelConfig() == mi.ModelConfig(30, mi.MOCHI_MEAN, mi.MOCHI_STD, {}, {})
 
 
+def test_mochis_latents_have_the_statistics_that_diffusers_has():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        config = diffusers.AutoencoderKLMochi().config
+    assert list(mi.MOCHI_MEAN) == list(config.latents_mean)
+    assert list(mi.MOCHI_STD) == list(config.latents_std)
+
+
+def test_an_adapter_that_names_no_layers_is_the_authors(tmp_path):
+    """The authors' own, which their code has and their file does not say."""
+    layers = [6, 7, 8, 9, 10, 21, 34, 35, 36, 38, 39, 43, 44, 45, 46, 47]
+    sizes = dict(width=16, text_width=8, heads=2, t5_width=8)
+    adapter = mi.infuse(mi.DiT(48, **sizes), layers, rank=1, audio_width=8)
+    mi.save_safetensors(tmp_path / "a.safetensors", mi.adapter_parameters(adapter))
+    assert mi.load_adapter(mi.DiT(48, **sizes), tmp_path / "a.safetensors").adapter.layers == layers
+    with pytest.raises(mi.InputError, match="after which layers its ZICA goes; name them"):
+        mi.load_adapter(mi.DiT(47, **sizes), tmp_path / "a.safetensors")
+
+
+def test_every_depth_has_a_third():
+    assert [mi.third_of(depth) for depth in (1, 2, 3, 12, 48)] == [1, 1, 1, 4, 16]
+    assert mi.choose_layers("even", 1) == [0]
+
+
 def test_equal_files_are_equal_byte_by_byte(tmp_path):
     metadata = {name: name for name in "abcdefgh"}
     for i in range(5):
@@ -268,7 +292,8 @@ def test_offloading_samples_with_a_model_larger_than_memory(tmp_path):
 
     def run(offload):
         line = [sys.executable, "-c", WITHIN, path, str(offload), str(room)]
-        return subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+        how = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}}  # a thread takes memory
+        return subprocess.run(line, **how, capture_output=True, text=True)
 
     assert run(True).stdout == "384.0\n"
     assert run(False).returncode != 0

@@ -1,5 +1,6 @@
 """Videos longer than a window: how windows are averaged, what a killed run goes on from, ends."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,30 @@ def test_all_that_decides_a_video_is_in_the_name_of_its_state(weights, song, tmp
     same = state_path(weights, song, tmp_path)
     assert same == state_path(weights, song, tmp_path)
     assert same != state_path(weights, song, tmp_path, **change)
+
+
+def test_nobody_waits_for_processes_that_share_nothing(weights, song, tmp_path, monkeypatch):
+    given = dict(song=str(song), prompt=PROMPT, weights=str(weights), out=str(tmp_path), frames=31)
+    options, dit = mi.begin(sample.Options, "sampling", given | {"device": "cpu"})
+    sample.check(options, dit)
+    waited = []
+    monkeypatch.setattr(mi, "wait_for_all", lambda: waited.append(1))
+    for split, times in (("none", 0), ("tokens", 1)):
+        options.split = split
+        sample.begin_states(options, False, False)
+        assert len(waited) == times
+
+
+@pytest.mark.parametrize("file", ["musicinfuser", "dit", "decoder"])
+def test_other_weights_of_that_name_have_another_state(weights, song, tmp_path, file):
+    same = state_path(weights, song, tmp_path)
+    copy = tmp_path / "weights"
+    shutil.copytree(weights, copy)
+    assert same == state_path(copy, song, tmp_path)
+    tensors, metadata = mi.read_safetensors(weights / f"{file}.safetensors")
+    name = min(tensors)
+    mi.save_safetensors(copy / f"{file}.safetensors", tensors | {name: tensors[name] + 1}, metadata)
+    assert same != state_path(copy, song, tmp_path)
 
 
 @pytest.mark.parametrize("change", [{"offload": True}, {"split": "none"}], ids=str)

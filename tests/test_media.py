@@ -169,6 +169,15 @@ def test_video_round_trip(tmp_path):
     assert (mi.to_pixels(mi.from_pixels(frames)) == frames).all()
 
 
+def test_frames_are_those_of_the_wanted_rate(tmp_path):
+    rising = torch.linspace(-1, 1, 40)[None, :, None, None].expand(3, 40, 32, 32)
+    mi.save_video(tmp_path / "a.mp4", rising, 60)
+    for fps, count in ((30, 20), (60, 40)):
+        frames = np.stack([*mi.read_frames(tmp_path / "a.mp4", 32, 32, fps)])
+        assert mi.count_frames(tmp_path / "a.mp4", fps) == len(frames) == count
+        close(mi.from_pixels(frames)[0, :, 9, 9], torch.linspace(-1, 1, count), 0.1)
+
+
 def test_names_that_mean_something_to_ffmpeg_are_local_files(tmp_path, monkeypatch):
     imageio.mimwrite(tmp_path / "a.mp4", [np.zeros((32, 32, 3), np.uint8)] * 9, fps=30)
     monkeypatch.chdir(tmp_path)

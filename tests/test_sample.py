@@ -13,7 +13,7 @@ import imageio
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPT, ROOT, close, command, small_dit
+from conftest import MEAN, PROMPT, ROOT, STD, close, command, small_dit
 from imageio_ffmpeg import get_ffmpeg_exe
 
 import musicinfuser as mi
@@ -84,6 +84,22 @@ def test_the_readmes_first_command(tmp_path):
     assert np.abs(sound).max() > 0.1  # ... there is music
 
 
+def test_the_defaults_are_mochis():
+    o = mi.settle(sample.Options, {}, {"weights": "."})
+    assert (o.size, o.frames, o.solver, o.steps) == ((480, 848), 73, "euler", 64)
+    assert (o.cfg, o.music_cfg, o.music_above, o.skip, o.lora_scale) == (6.0, 0.0, 0.0, (), 1.0)
+
+
+def test_weights_are_used_as_soon_as_they_are_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(mi, "__file__", str(tmp_path / "musicinfuser.py"))
+    monkeypatch.chdir(tmp_path)
+    assert mi.default_weights() == "tiny"
+    (tmp_path / "weights").mkdir()
+    assert mi.default_weights() == "tiny"
+    (tmp_path / "weights" / "dit.safetensors").touch()
+    assert mi.default_weights() == "weights"
+
+
 def test_a_video_and_its_recipe_for_each_seed(made, weights, song):
     result, out = made
     assert result.returncode == 0, result.stderr
@@ -151,7 +167,7 @@ def test_the_parts_are_put_together(run, weights, song, videos):
     guidance = dict(cfg=2, music_cfg=3, skip=(1,), skip_scale=4)
     z = mi.sample(dit, noise, *texts, audio, sigmas=[1, 0.975, 0], **guidance)
     decoder = mi.load_decoder(weights / "decoder.safetensors")
-    close(videos[0], decoder(mi.to_vae_space(z))[0], 1e-4)
+    close(videos[0], decoder(mi.to_vae_space(z, MEAN, STD))[0], 1e-4)
 
 
 def test_options_of_the_weights_give_way_to_those_given(run, weights, song, tmp_path, videos):
@@ -162,9 +178,24 @@ def test_options_of_the_weights_give_way_to_those_given(run, weights, song, tmp_
     assert [len(video[0]) for video in videos] == [7, 13, 7]
 
 
+def test_seeds_may_be_a_range(run, song, weights, tmp_path):
+    how = {"weights": weights, "out": tmp_path / "out", "device": "cpu"}
+    paths = sample.generate(song, PROMPT, seeds=range(3, 5), **how)
+    assert [json.load(open(path[:-3] + "json"))["seeds"] for path in paths] == [[3, 4]] * 2
+
+
 def test_an_option_that_is_misspelt_is_an_error(weights, song):
     with pytest.raises(mi.InputError, match="no option step; did you mean steps"):
         sample.generate(song, PROMPT, weights=weights, step=3)
+
+
+def test_a_link_to_nothing_is_a_name_that_is_taken(run, song, tmp_path):
+    link = tmp_path / f"{sample.stem_of(sample.Options(song=str(song), prompt=PROMPT), 0)}.mp4"
+    link.symlink_to("nowhere")
+    error, printed = run(song, PROMPT, "--out", tmp_path)
+    assert not error and f"{link}"[:-4] + "-2.mp4" in printed
+    error, _ = run(song, PROMPT, "--out", link)
+    assert error.startswith("error: ") and "exists" in error
 
 
 @pytest.mark.parametrize("existing", ["a.mp4", "a.json"])
@@ -251,7 +282,7 @@ def bad(weights, song, tmp_path_factory):
     (folder / "recipe.json").write_text("[1]")
     (folder / "nan.wav").write_bytes(float_wav(np.full(44100, np.nan, "<f4")))
     imageio.mimwrite(folder / "silent.mp4", [np.zeros((32, 32, 3), np.uint8)] * 9, fps=30)
-    for name in ("lacking", "short", "other", "fast", "random"):
+    for name in ("lacking", "short", "other", "fast", "random", "narrow", "wordy"):
         shutil.copytree(weights, folder / name)
     (folder / "lacking" / "dit.safetensors").unlink()
     whole = (weights / "dit.safetensors").read_bytes()
@@ -260,6 +291,10 @@ def bad(weights, song, tmp_path_factory):
     config = folder / "fast" / "audio_encoder" / "preprocessor_config.json"
     config.write_text(config.read_text().replace("16000", "44100"))
     drop_tensor(folder / "random" / "text_encoder" / "model.safetensors")
+    decode_eight_channels(folder / "narrow" / "decoder.safetensors")
+    dit = mi.load_dit(weights / "dit.safetensors")
+    dit.config.sampling["frames"] = "7"
+    mi.save_dit(dit, folder / "wordy" / "dit.safetensors")
     tensors, metadata = mi.read_safetensors(weights / "musicinfuser.safetensors")
     tensors = {name: tensor / 0 * 0 for name, tensor in tensors.items()}
     mi.save_safetensors(folder / "nan.safetensors", tensors, metadata)
@@ -283,6 +318,13 @@ def float_wav(samples):
     data = b"data" + samples.nbytes.to_bytes(4, "little") + samples.tobytes()
     body = b"WAVEfmt " + form + data
     return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+
+def decode_eight_channels(path):
+    tensors, metadata = mi.read_safetensors(path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    tensors["blocks.0.0.weight"] = tensors["blocks.0.0.weight"][:, :8].clone()
+    mi.save_safetensors(path, tensors, metadata)
 
 
 def drop_tensor(path):
@@ -328,6 +370,9 @@ BAD = [
     ("song.wav", "--weights short", "not a whole safetensors file"),
     ("song.wav", "--weights fast", "44100"),
     ("song.wav", "--weights random", "q.weight"),
+    ("song.wav", "--weights narrow", "takes latents of 8 channels, the transformer makes 12"),
+    ("song.wav", "--weights wordy", "--frames must be a whole number, not '7'"),
+    ("song.wav", "--weights wordy --frames 13", "preferred frames must be a whole number, not '7'"),
     ("song.wav", "--adapter other/decoder.safetensors", "not a MusicInfuser adapter"),
     ("song.wav", "--adapter wide.safetensors", "fits"),
     ("song.wav", "--adapter shallow.safetensors", "lora_"),

@@ -6,8 +6,10 @@ import sys
 
 import pytest
 import torch
+from conftest import close
 
 import musicinfuser as mi
+import sample
 from eval import solvers
 
 
@@ -43,6 +45,32 @@ def test_more_steps_err_less(measured):
         assert many["evaluations"] > few["evaluations"]
         assert 0 < many["rms"] < few["rms"]
         assert many["psnr"] > few["psnr"]
+
+
+def test_the_equation_is_that_of_sample_py(given, tmp_path, monkeypatch):
+    """Guided by text and music, to the song from its start; and the error is a root of a mean."""
+    made = []
+    monkeypatch.setattr(sample, "finish", lambda options, seed, film, dit: made.append(film))
+    options = {name: given[name] for name in ("song", "prompt", "weights")}
+    options |= {"cfg": 2.0, "music_cfg": 4.0, "music_above": 0.5, "start": 0.2, "solver": "ab2"}
+    sample.generate(**options, steps=4, seeds=(3,), out=str(tmp_path), device="cpu")
+    kept, equations = [], []
+
+    class Kept(solvers.Equation):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            equations.append(self)
+
+        def solve(self, *case):
+            kept.append(super().solve(*case))
+            return kept[-1]
+
+    monkeypatch.setattr(solvers, "Equation", Kept)
+    how = options | {"solver": ("ab2",), "steps": (4,), "fine": 9, "device": "cpu"}
+    curves = solvers.compare(**how, seeds=(3,), out=str(tmp_path / "errors"))
+    fine, coarse = kept
+    close(equations[0].decode(coarse)[0], made[0].clamp(-1, 1), 1e-4)
+    assert curves["ab2"][0]["rms"] == pytest.approx((coarse - fine).square().mean().item() ** 0.5)
 
 
 def test_what_is_measured_is_kept(measured, given, monkeypatch):

@@ -432,6 +432,150 @@ def test_the_report_films_what_sample_py_makes(tmp_path, monkeypatch):
     assert np.abs(film.astype(int) - film_at_1).max() > 10
 
 
+def dances(count, late=0.0, frames=73):
+    """(films of people who rest so many beats after those of their songs, the songs)"""
+    rng, found, songs = np.random.default_rng(3), [], []
+    for i in range(count):
+        beats = np.arange(0, 20, 60 / (90 + 7 * i))
+        songs.append(films.Song("", 0.3 * i, beats, "HO"))
+        look = {"subject": "person", "count": 1, "place": "studio", "camera": "01", "genre": "HO"}
+        positions = torch.from_numpy(songs[-1].positions(frames) - late)
+        found.append(world.render(world.draw_scene(rng, **look), positions))
+    return found, songs
+
+
+NUMBERS = r"-?\+?-?\d+\.\d\d"
+
+
+def printed(capsys):
+    return [float(number) for number in re.findall(NUMBERS, capsys.readouterr().out)]
+
+
+def test_a_line_of_the_report_is_of_own_and_other_songs(capsys):
+    some, songs = dances(4)
+    report.line("dancers", some, songs)
+    own, own_error, other, other_error, tempo = printed(capsys)
+    each, others, tempos = films.follow(some, songs)
+    assert own == pytest.approx(each.mean(), abs=0.006) and own > 0.6
+    assert other == pytest.approx(others.mean(), abs=0.006) and abs(other) < 0.5
+    assert own_error == pytest.approx(each.std(ddof=1) / 2, abs=0.006)
+    assert other_error == pytest.approx(others.std(ddof=1) / 2, abs=0.006)
+    assert tempo == pytest.approx(tempos, abs=0.006)
+
+
+def test_lag_and_pulse_of_the_report(capsys):
+    for late in (0.25, 0.5):
+        some, songs = dances(4, late)
+        report.print_lag(some, songs)
+        lags = printed(capsys)
+        assert len(lags) == 3 and all(abs(abs(lag) - late) < 0.1 for lag in lags)
+    report.print_pulse(some, songs)  # half a beat late
+    assert printed(capsys)[0] > 0.6
+
+
+def test_the_last_third_of_a_long_film_has_its_own_beats(capsys):
+    """Of dancers who turn half a beat late after two thirds."""
+    early, songs = dances(2, frames=271)
+    late, _ = dances(2, 0.5, frames=271)
+    turned = [np.concatenate([a[:181], b[181:]]) for a, b in zip(early, late)]
+    studio = type("Studio", (), {"film": lambda self, *_, **__: iter(turned)})()
+    report.print_long(studio, ["", ""], songs)
+    first, _, last, _ = printed(capsys)
+    assert first > 0.6 and last < -0.5
+
+
+def test_the_prior_is_filmed_without_an_adapter_beside_the_worlds_usual_look(monkeypatch):
+    asked, drawn, draw = [], [], world.draw_scene
+
+    class Studio:
+        def __init__(self, *arguments):
+            asked.append(arguments)
+
+        def film(self, prompts):
+            return []
+
+    def draw_scene(rng, **fixed):
+        drawn.append(draw(rng, **fixed))
+        return drawn[-1]
+
+    monkeypatch.setattr(report, "Studio", Studio)
+    monkeypatch.setattr(report, "to_the_world", lambda films, subject=None: 0.0)
+    report.of_the_prior(2)
+    report.likeness_of_the_prior.__wrapped__("dog", 2)
+    assert asked == [(TINY,), (TINY,)]
+    monkeypatch.setattr(world, "draw_scene", draw_scene)
+    monkeypatch.setattr(world, "render", lambda *_: None)
+    for name in ("features", "gaussian", "frozen_encoder"):
+        monkeypatch.setattr(report, name, lambda *_: None)
+    monkeypatch.setattr(mi, "from_pixels", lambda film: film)
+    report.world_of.__wrapped__("dog", 40)
+    looks = {
+        tuple(scene[k] for k in ("subject", "count", "place", "camera", "colour"))
+        for scene in drawn
+    }
+    assert looks == {("dog", 1, "studio", "01", world.USUAL["dog"])}
+
+
+def test_a_song_at_another_speed_has_its_beats_at_that_speed(monkeypatch):
+    song = films.Song("song.wav", 1.0, np.arange(0, 20, 0.5), "")
+    wanted = 2 * (1 + 0.75 * np.arange(3) / 30)
+    assert song.positions(3, 0.75) == pytest.approx(wanted)
+    assert films.middles(np.array([0.0, 1.0, 3.0])).tolist() == [0.5, 2.0]
+    heard, made, scored = [], [], []
+
+    def window(path, frames, fps, start, speed):
+        heard.append((path, frames, fps, start, speed))
+        return torch.zeros(1), 1.0
+
+    studio = object.__new__(films.Studio)
+    studio.dit = type("DiT", (), {"config": mi.ModelConfig()})
+    studio.listen = lambda waveform: torch.zeros(1, 2, 3)
+    monkeypatch.setattr(mi, "music_window", window)
+    assert studio.hear([song, song], 73, 0.75).shape == (2, 2, 3)
+    assert heard == [("song.wav", 73, 30, 1.0, 0.75)] * 2
+    studio.film = lambda *arguments, **given: made.append((arguments, given)) or []
+    monkeypatch.setattr(report, "line", lambda *arguments: scored.append(arguments))
+    report.filmed(studio, "name", ["a"], [song], 0.75, music_cfg=0.0)
+    assert made == [((["a"], [song]), {"speed": 0.75, "music_cfg": 0.0})]
+    assert scored == [("name", [], [song], 0.75)]
+
+
+def test_every_film_of_a_studio_has_noise_words_and_music_of_its_own(weights, monkeypatch):
+    studio = films.Studio(str(weights), str(weights / "musicinfuser.safetensors"))
+    prompts, songs, seen = ["a dog", "a dog dancing in the park", "the person"], [1, 2, 3], []
+
+    def noise_to_video(dit, decoder, noise, text, null, audio, options):
+        seen.append((noise, text[1].sum(1), audio))
+        return torch.zeros(len(noise), 3, 7, 32, 32)
+
+    monkeypatch.setattr(studio, "hear", lambda songs, *_: torch.tensor(songs))
+    monkeypatch.setattr(mi, "noise_to_video", noise_to_video)
+    assert len(list(studio.film(prompts, songs, seed=5, at_once=2))) == 3
+    noise, lengths, audio = (torch.cat(parts) for parts in zip(*seen))
+    wanted = [mi.noise_for(5 + i, studio.dit.config, 7, (32, 32)) for i in range(3)]
+    assert torch.equal(noise, torch.cat(wanted)) and audio.tolist() == songs
+    texts = mi.encode_text(str(weights), prompts, "cpu")
+    assert lengths.tolist() == [mask.sum().item() for _, mask in texts]
+
+
+def test_the_toy_sets_dances_begin_where_their_songs_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        make.Songs, "make", lambda *_: (np.zeros(18 * music.RATE), np.arange(40) / 2)
+    )
+    songs = object.__new__(make.Songs)
+    songs.folder, songs.made = str(tmp_path), {}
+    path, start, beat = songs.dance("mHO1", "HO", 1, 73, np.random.default_rng(0))
+    assert start > 0.5 and torch.allclose(
+        beat.double(), 2 * (start + torch.arange(73) / 30), atol=1e-4
+    )
+    saved = []
+    monkeypatch.setattr(mi, "save_video", lambda path, video, *how: saved.append(how))
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    (scene,), _ = scenes(1)
+    make.film_dance(str(tmp_path / "a"), scene, None, path, start, beat[:2])
+    assert saved == [(30, path, start)]
+
+
 def test_the_next_recordings_beats_are_another_recordings(monkeypatch, tmp_path):
     def piece(source, beats):
         return recordings.Piece(np.zeros(16000, np.float16), np.arange(beats) / 2, -1, source)

@@ -1,5 +1,6 @@
 """train.py: the real command line, killed and gone on with; its options; what it refuses."""
 
+import copy
 import json
 import math
 import os
@@ -9,16 +10,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, inputs
+from conftest import ROOT, command, inputs, small_dit
 from safetensors.torch import load_file
 
 import musicinfuser as mi
 import train
-from dataset.batches import Samples
+from dataset.batches import Batch, Samples
 from dataset.runs import RunFolder
 
 SMALL = {"layers": "0,2", "rank": 2, "steps": 8, "save_every": 2, "device": "cpu"}
@@ -123,6 +125,23 @@ def test_the_log_has_losses_by_noise_and_the_listening_gap(fit, tmp_path):
         assert math.isfinite(log[-1][name])
 
 
+def test_the_gap_is_of_each_noise_level_and_of_both_songs():
+    """Of a model whose velocity is the music times sigma, where it should be 0."""
+
+    def dit(x, sigma, y_feat, y_mask, audio):
+        return torch.ones_like(x) * (audio.mean((1, 2)) * sigma)[:, None, None, None, None]
+
+    def batch(loudness):
+        z = torch.zeros(3, 12, 1, 2, 2)
+        audio = torch.full((3, 5, 4), loudness)
+        conditions = {"y_feat": audio, "y_mask": audio, "audio": audio}
+        return Batch(z, torch.zeros(3), z, conditions, ["a", "b", "c"])
+
+    losses = train.listening_gap(dit, batch(1.0), batch(2.0), (0.5, 0.75), at_once=2)
+    wanted = {"right_0.5": 0.25, "wrong_0.5": 1.0, "right_0.75": 0.5625, "wrong_0.75": 2.25}
+    assert losses == pytest.approx(wanted)
+
+
 def test_the_progress_bar_shows_the_loss_and_the_gap(fit, capsys):
     fit(eval_sigmas=(0.6,))
     shown = capsys.readouterr().err.splitlines()[-1]
@@ -213,7 +232,7 @@ def test_two_processes_have_the_gradient_of_one_with_twice_the_batch(
     weights, dance_videos, tmp_path, fit, shard
 ):
     """After two steps, before which nothing changes, AdamW's first moment tells both gradients."""
-    options = SMALL | {"steps": 2, "audio_dropout": 0.5, "seed": 3}  # the second is silent
+    options = SMALL | {"steps": 2, "audio_dropout": 0.5, "seed": 5}  # the second is silent
     options |= {"init": weights / "musicinfuser.safetensors", "weights": weights}
     one = fit(**options, batch=2)
     more = {"shard": True, "sample_every": 2} if shard else {}
@@ -350,7 +369,7 @@ def test_numbers_that_cannot_be_are_refused_at_once(fit, option, tmp_path):
 @pytest.mark.parametrize("name", ["steps", "save_every", "seed", "warmup"])
 def test_huge_numbers_do_not_hang(fit, name, monkeypatch):
     monkeypatch.setattr(RunFolder, "log", lambda self, line: math.nan[0])
-    with pytest.raises(TypeError):  # from the log, after a step
+    with pytest.raises(TypeError, match="float"):  # of math.nan[0], after a step
         fit(**{name: 2**63 - 1})
 
 
@@ -479,6 +498,47 @@ def test_offloaded_blocks_give_the_same_adapter(fit, tmp_path, dtype):
     assert {tensor.dtype for tensor in load_file(here).values()} == {torch.float32}
 
 
+def test_each_step_draws_samples_of_its_own_noised_as_at_that_step(fit, monkeypatch):
+    draw, drawn = Samples.batch, []
+
+    def batch(self, numbers, step):
+        drawn.append((list(numbers), step))
+        return draw(self, numbers, step)
+
+    monkeypatch.setattr(Samples, "batch", batch)
+    fit(steps=2, accumulate=2, batch=2)
+    taken = [one for one in drawn if one[0] != [0]]  # that one is looked at, for its size
+    assert taken == [([0, 1], 0), ([2, 3], 0), ([4, 5], 1), ([6, 7], 1)]
+
+
+HEARD = {0.0: [1] * 8, 0.5: [0, 0, 0, 1, 0, 1, 0, 1], 1.0: [0] * 8}  # with seed 42
+
+
+@pytest.mark.parametrize("audio_dropout", HEARD)
+def test_batches_are_silent_as_often_as_asked(fit, monkeypatch, audio_dropout):
+    loss, found = mi.flow_matching_loss, []
+
+    def listening(*arguments, audio=None, **others):
+        if torch.is_grad_enabled():  # not of the held-out clips
+            found.append(audio is not None)
+        return loss(*arguments, audio=audio, **others)
+
+    monkeypatch.setattr(mi, "flow_matching_loss", listening)
+    fit(audio_dropout=audio_dropout)
+    assert found == HEARD[audio_dropout]
+
+
+def test_the_gradient_of_a_step_is_the_mean_of_its_batches(fit, tmp_path):
+    """AdamW's first moment after one step."""
+    means = []
+    for name, options in (("one", {"batch": 4}), ("two", {"batch": 2, "accumulate": 2})):
+        fit(steps=1, out=str(tmp_path / name), **options)
+        state = load_file(tmp_path / name / "state.safetensors")
+        means.append({name: t for name, t in state.items() if "exp_avg." in name})
+    for name, moment in means[0].items():
+        assert torch.allclose(moment, means[1][name], rtol=1e-3, atol=1e-5 * moment.abs().max())
+
+
 def test_training_begins_from_an_adapter(fit, weights, tmp_path):
     given = str(weights / "musicinfuser.safetensors")
     wanted = load_file(given)
@@ -535,8 +595,8 @@ def test_progress_is_filmed_with_the_lora_scale_that_sampling_prefers(fit, tmp_p
 
     monkeypatch.setattr(mi, "load_dit", load)
     monkeypatch.setattr(mi, "noise_to_video", film)
-    adapter = fit(steps=1, sample_every=1, rank=2, alpha=4.0)
-    assert set(seen) == {3.0}
+    adapter = fit(steps=2, sample_every=1, rank=2, alpha=4.0)
+    assert set(seen) == {3.0}  # the second time too, so it was put back
     assert json.loads(mi.read_safetensors(adapter)[1]["musicinfuser"])["alpha"] == 4
 
 
@@ -576,13 +636,38 @@ def test_a_state_is_saved_only_when_all_of_it_is_finite(fit, tmp_path, monkeypat
 
 def test_the_memory_estimate_knows_about_offloading(weights, fit):
     dit = mi.infuse(mi.load_dit(weights / "dit.safetensors"), [0], rank=2, audio_width=16)
-    dit.blocks = torch.nn.ModuleList(dit.blocks[0].requires_grad_(False) for _ in range(48))
+    frozen = [copy.deepcopy(dit.blocks[0]).requires_grad_(False) for _ in range(48)]
+    dit.blocks = torch.nn.ModuleList(frozen)
     options = mi.settle(train.Options, {}, {"device": "cpu", "dtype": "bfloat16"})
-    example = type("Batch", (), {"z": torch.zeros(1, 12, 2, 4, 4)})
+    example = SimpleNamespace(z=torch.zeros(1, 12, 2, 4, 4))
     whole = train.memory(options, dit, example)
     options.offload = True
     offloaded = train.memory(options, dit, example)
-    assert offloaded < whole
+    options.offload, options.shard = False, True
+    assert offloaded < train.memory(options, dit, example, processes=2) < whole
+
+
+def test_only_what_would_not_fit_is_checkpointed():
+    options = mi.settle(train.Options, {}, {"device": "cpu", "dtype": "bfloat16"})
+    with torch.device("meta"):
+        mochi, clip = mi.DiT(**mi.MODELS["mochi"]), torch.zeros(1, 12, 13, 60, 106)
+    assert train.checkpoints(options, mochi, SimpleNamespace(z=clip))
+    clip = torch.zeros(1, 12, 2, 4, 4)
+    assert not train.checkpoints(options, small_dit(), SimpleNamespace(z=clip))
+
+
+@pytest.mark.parametrize("where", ["offload", "shard"])
+def test_the_frozen_blocks_wait_where_the_options_say(monkeypatch, where):
+    class Asked(Exception):
+        pass
+
+    def load_dit(path, device, dtype, offload, shard):
+        raise Asked(*(name for name, on in (("offload", offload), ("shard", shard)) if on))
+
+    monkeypatch.setattr(mi, "load_dit", load_dit)
+    given = {"weights": ".", "device": "cpu", "dtype": "float32", where: True}
+    with pytest.raises(Asked, match=where):
+        train.load_model(mi.settle(train.Options, {}, given), None)
 
 
 def test_the_learning_rate_warms_up_and_falls():

@@ -1,6 +1,6 @@
 """Everything in tiny/, from nothing, with fixed seeds. It can be stopped and started again.
 
-python -m tiny.make                           every stage, one after another
+python -m tiny.make                           every stage but choose and settings
 python -m tiny.make vae text                  these stages
 python -m tiny.make data toy                  the toy AIST set, for train.py
 python -m tiny.make report --adapter FILE     what an adapter has learnt
@@ -618,14 +618,14 @@ STAGES = {
     "prior": (make_prior, "dit.safetensors: captions to silent videos, of 19 frames"),
     "further": (make_further, "dit.safetensors goes on, on videos of 73 to 271 frames"),
     "layers": (make_layers, "reference.safetensors, adaptability.json"),
-    "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (takes a FOLDER, --videos)"),
+    "data": (make_data, "FOLDER/aist, FOLDER/wild: the toy AIST set (FOLDER, --videos, --sounds)"),
     "adapter": (make_adapter, "musicinfuser.safetensors, by train.py on toy/"),
-    "report": (make_report, "the figures and the pictures (takes --adapter, --songs, --prompts)"),
+    "plain": (make_plain, "plain.safetensors: the paper's own ZICA, without a window"),
+    "report": (make_report, "the figures and the pictures (takes --adapter, --songs, --sounds)"),
     "choose": (make_choice, "r over guidance, on other songs than the report's"),
     "settings": (make_settings, "dit.safetensors: its preferences in sampling and training alone"),
-    "plain": (make_plain, "plain.safetensors: the paper's own ZICA, without a window"),
 }
-EXTRA = ("choose", "settings", "plain")  # only when they are named
+EXTRA = ("choose", "settings")  # only when they are named
 # fmt: on
 
 
@@ -641,7 +641,7 @@ def parse(arguments=None):
         "stages",
         nargs="*",
         metavar="STAGE",
-        help="default: all but choose, settings and plain; after data, its FOLDER",
+        help="default: all but choose and settings; after data, its FOLDER",
     )
     add("--videos", type=int, default=1600, help="of data, half of AIST's kind (default 1600)")
     add(

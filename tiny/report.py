@@ -1,7 +1,6 @@
 """What came of it: the figures of eval/RESULTS.md, and README's pictures."""
 
 import itertools
-import math
 import os
 from functools import cache
 
@@ -16,6 +15,7 @@ from eval.beats import beat_correlation, beat_lag, motion_energy
 from eval.films import Song, Studio, follow, middles
 from eval.quality import features, frechet_distance, gaussian, load_reference
 from eval.style import consistency, style
+from eval.tables import mean_error
 from tiny import music, recordings, world
 from tiny.studio import HERE, WORK, frozen_encoder, in_folder
 from tiny.world import FPS, FRAMES
@@ -170,15 +170,8 @@ def line(name, films, songs, speed=1.0):
     """r with the own and with another's song, ± the standard error over videos; the correlation
     of the tempos."""
     own, other, tempos = follow(films, songs, speed)
-    print(
-        f"{name:30} r {own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f} "
-        f"± {error(other):.2f}   tempo {tempos:.2f}",
-        flush=True,
-    )
-
-
-def error(values):
-    return np.std(values, ddof=1) / math.sqrt(len(values))
+    values = f"r {mean_error(own)}   another song {mean_error(other)}   tempo {tempos:.2f}"
+    print(f"{name:30} {values}", flush=True)
 
 
 def print_likeness(films, subject):
@@ -195,8 +188,8 @@ def likeness_of_the_prior(subject, count):
 def print_pulse(films, songs):
     """What a dance half a beat off has in common with one on the beat: r but for its sign."""
     own, other = (np.abs(r) for r in follow(films, songs)[:2])
-    values = f"{own.mean():.2f} ± {error(own):.2f}   another song {other.mean():.2f}"
-    print(f"{'  on the beat or half-way':30} r {values} ± {error(other):.2f}", flush=True)
+    values = f"r {mean_error(own)}   another song {mean_error(other)}"
+    print(f"{'  on the beat or half-way':30} {values}", flush=True)
 
 
 def print_lag(films, songs, thirds=3):
@@ -228,7 +221,7 @@ def print_long(studio, prompts, songs, frames=271):
     for name, part in (("first", slice(0, third)), ("last", slice(frames - third, frames))):
         beats = [middles(song.positions(frames)[part]) for song in songs]
         r = [beat_correlation(motion_energy(film[part]), b) for film, b in zip(films, beats)]
-        print(f"{frames} frames, {name} third: r {np.mean(r):.2f} ± {error(r):.2f}", flush=True)
+        print(f"{frames} frames, {name} third: r {mean_error(r)}", flush=True)
 
 
 def of_the_prior(count=128, seed=9):
@@ -253,7 +246,8 @@ def to_the_world(films, subject=None):
 def world_of(subject, count=64):
     """(mean, cov) of the features of what "a person dancing" means in the world."""
     rng = np.random.default_rng(10)
-    usual = {"subject": subject, "count": 1, "place": "studio", "colour": world.USUAL[subject]}
+    usual = {"subject": subject, "count": 1, "place": "studio", "camera": "01"}
+    usual["colour"] = world.USUAL[subject]
     films = [
         world.render(world.draw_scene(rng, **usual), world.steady_beat(rng)) for _ in range(count)
     ]
