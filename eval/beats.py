@@ -274,7 +274,7 @@ def alignment(of, to):
 def beat_coverage(music, motion):
     """MBCR: the share of the music's beats with a motion beat within 100 ms, both in frames.
 
-    As TMD-Bench defines it (arXiv 2605.01809).
+    TMD-Bench too asks how many beats are covered (arXiv 2605.01809); its formula was not at hand.
     """
     if not len(music) or not len(motion):
         return 0.0
