@@ -573,7 +573,7 @@ def test_ab2_extrapolates_no_further_than_its_last_step():
 def test_latents_are_normalised_channel_by_channel():
     z = torch.randn(2, 12, 2, 3, 4)
     normal = mi.to_dit_space(z)
-    close(normal[:, 7], (z[:, 7] + 0.09346305707025976) / 1.3720942358788521, 1e-6)
+    close(normal[:, 7], (z[:, 7] + 0.09346305707025976) / 1.3720942357788521, 1e-6)
     close(mi.to_vae_space(normal), z, 1e-6)
     close(mi.to_dit_space(z, range(12), [2.0] * 12)[:, 11], (z[:, 11] - 11) / 2, 1e-6)
 
