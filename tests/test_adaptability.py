@@ -129,7 +129,7 @@ def test_a_video_that_is_there_is_never_made_again(ranked, weights, monkeypatch,
     )
     assert words in printed
     left, right = json.loads(whole), json.loads((run / "adaptability.json").read_text())
-    assert left["adaptability"] == pytest.approx(right["adaptability"])
+    assert left["adaptability"] == pytest.approx(right["adaptability"], rel=1e-4)  # another batch
     (run / "adaptability.json").write_bytes(whole)
 
 
