@@ -1600,7 +1600,7 @@ def load_decoder(path, device="cpu", dtype=torch.float32):
 
 
 def check_decoder(weights, config):
-    """Raises InputError where a folder's decoder cannot be read, or not decode its latents."""
+    """Raises InputError where a folder's decoder cannot be read, or takes other latents."""
     path = os.path.join(weights, "decoder.safetensors")
     found, made = load_decoder(path, "meta").blocks[0][0].in_channels, len(config.mean)
     if found != made:
