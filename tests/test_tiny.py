@@ -83,6 +83,8 @@ def test_tokenizer_has_a_token_for_every_word_of_the_captions(tmp_path, monkeypa
     pytest.importorskip("sentencepiece")
     monkeypatch.setattr(make, "in_folder", lambda name: str(tmp_path / name))
     tokenizer = make.make_tokenizer(2)
+    made = (tmp_path / "tokenizer" / "spiece.model").read_bytes()
+    assert str(tmp_path).encode() not in made  # nor where it was made
     drawn, rng = scenes(300)
     for scene in drawn:
         text = world.caption(scene, rng)[0]

@@ -225,7 +225,21 @@ def make_tokenizer(seed):
     )
     for name in ("lower.tsv", "spiece.vocab"):
         os.remove(os.path.join(folder, name))
+    forget_paths(os.path.join(folder, "spiece.model"))
     return write_tokenizer_json(folder)
+
+
+def forget_paths(path):
+    """SentencePiece notes where it was trained: the same pieces are the same file anywhere."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    with open(path, "rb") as file:
+        model.ParseFromString(file.read())
+    model.trainer_spec.ClearField("model_prefix")
+    model.normalizer_spec.ClearField("normalization_rule_tsv")
+    with mi.written_whole(path) as temporary, open(temporary, "wb") as file:
+        file.write(model.SerializeToString(deterministic=True))
 
 
 def write_tokenizer_json(folder):
